@@ -1,0 +1,32 @@
+# make test       lint, format, types, tests (creates .venv if there is none)
+# make format     rewrite the files the way `make test` wants them
+# make world      train the embedded glyph networks again (an hour or two on 2 cores)
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test format world clean
+.DELETE_ON_ERROR:
+
+# torch goes first and alone; see constraints.txt.
+.venv/dev-installed: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: .venv/dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+format: .venv/dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+world: .venv/dev-installed
+	$(BIN)/python -m worlds.glyphs.make
+	$(BIN)/python -m generators.glyphs.train
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,213 @@
+"""Does the picture show what the caption says? A verifier for the glyph world, in the manner of GenEval (2310.11513).
+
+It finds the coloured things of a 32x32 picture without looking at the caption, measures each one's colour, glyph and place, and
+then grades the caption: every attribute earns partial credit, and the score is 1 only when all of them are right. All or
+nothing would leave a group of near misses without any signal.
+
+    score = count * (thing credit, mean over the things asked for,  weighted 3 : 1 with  place credit)
+    thing = mean of colour credit and glyph credit
+    count = asked / (asked + superfluous)
+
+Glyphs are told apart by correlation with reference masks; the digits among them come from writers the renderer never draws with
+(worlds/glyphs/digits.py). Ours, not from a paper; measured in tests/rewards/test_glyph_match.py against ground-truth renders.
+
+Axes: B images, N things found in all of them, K reference masks, H = W = 32 pixels, 14 glyphs, 6 colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from diffusion.types import Prompt, Scores
+from worlds.glyphs import COLORS, GLYPHS, IMAGE_SIZE, REFERENCE, Scene, Thing, glyph_masks, parse
+from worlds.glyphs.render import place
+
+PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
+
+CONTRAST = 0.35
+"""A pixel belongs to a thing if it is at least this far on the way from the background to a colour of the palette."""
+MIN_AREA, MIN_CORE = 8, 0.55
+"""A thing has this many pixels, a tenth of them this far on the way; the rest are specks and the fringes of other things."""
+CROP = 16
+COLOR_TOLERANCE, COLOR_FALLOFF = 0.15, 0.20
+"""RGB distance that still counts as right, and the distance beyond it over which the credit falls to 1/e."""
+GLYPH_FALLOFF = 0.10
+"""Lead of the best glyph over the right one, in correlation, over which the credit falls to 1/e."""
+GLYPH_CLARITY = 0.85
+"""Correlation with the right glyph from which it counts as clearly drawn; ground truth lies above."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One coloured thing in a picture."""
+
+    color: np.ndarray
+    """[3] RGB in [0, 1]"""
+    x: float
+    """centre of mass, pixels from the left"""
+    y: float
+    """pixels from the top"""
+    glyphs: np.ndarray
+    """[14] correlation with the best reference mask of each glyph, in [-1, 1]"""
+
+
+class GlyphMatch:
+    """Share of the caption that the picture shows, in [0, 1]. Not differentiable: it segments and compares."""
+
+    differentiable = False
+
+    def __init__(self, label: str = "glyph_match") -> None:
+        self.label = label
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """images [B, 3, 32, 32] float32 in [0, 1] -> Scores over B.
+
+        Raises ValueError for other image sizes and for prompts outside the grammar of worlds.glyphs.
+        """
+        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(f"{self.label} reads images [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], got {list(images.shape)}")
+        scenes = [parse(prompt.text) for prompt in prompts]
+        values = [grade(found, scene) for found, scene in zip(find_things(images), scenes, strict=True)]
+        total = torch.tensor(values, dtype=torch.float32, device=images.device)
+        return Scores(total, {self.label: total})
+
+
+def grade(found: Sequence[Found], scene: Scene) -> float:
+    """Credit of a picture's things for a scene, in [0, 1]: the best over all ways to say which thing is which."""
+    asked = len(scene.things)
+    superfluous = max(0, len(found) - asked)
+    ways = permutations([*found, *[None] * asked], asked)
+    return asked / (asked + superfluous) * max(_grade_assigned(things, scene) for things in ways)
+
+
+def _grade_assigned(things: Sequence[Found | None], scene: Scene) -> float:
+    credit = [thing_credit(t, asked) if t else 0.0 for t, asked in zip(things, scene.things, strict=True)]
+    mean = sum(credit) / len(credit)
+    if scene.place is None:
+        return mean
+    seen = [t for t in things if t is not None]
+    return 0.75 * mean + 0.25 * (place_credit(seen, scene.place) if len(seen) == len(things) else 0.0)
+
+
+def thing_credit(found: Found, asked: Thing) -> float:
+    return (color_credit(found.color, asked.color) + glyph_credit(found.glyphs, asked.glyph)) / 2
+
+
+def color_credit(color: np.ndarray, name: str) -> float:
+    """1 within the tolerance of the named colour, exponentially less beyond it; no two colours' tolerances meet."""
+    excess = np.linalg.norm(color - COLORS[name]) - COLOR_TOLERANCE
+    return float(np.exp(-max(0.0, excess) / COLOR_FALLOFF))
+
+
+def glyph_credit(glyphs: np.ndarray, name: str) -> float:
+    """1 if the named glyph correlates best and clearly; less by the lead of a better one, and by blur."""
+    own = glyphs[GLYPHS.index(name)]
+    return float(np.exp((own - glyphs.max()) / GLYPH_FALLOFF) * np.clip(own / GLYPH_CLARITY, 0.0, 1.0))
+
+
+def place_credit(things: Sequence[Found], name: str) -> float:
+    """1 at the named place, 0 at the opposite one, linear between: over 7 pixels for one thing, 12 for the gap of two."""
+    first, last = things[0], things[-1]
+    match name:
+        case "on the left" | "on the right":
+            offset = first.x - IMAGE_SIZE / 2
+        case "at the top" | "at the bottom":
+            offset = first.y - IMAGE_SIZE / 2
+        case "left of" | "right of":
+            offset = first.x - last.x
+        case _:
+            offset = first.y - last.y
+    towards = -offset if name in ("on the left", "at the top", "left of", "above") else offset
+    half_width, full = (3.5, 3.5) if len(things) == 1 else (6.0, 8.0)
+    return float(np.clip((towards - full + 2 * half_width) / (2 * half_width), 0.0, 1.0))
+
+
+def find_things(images: Tensor) -> list[list[Found]]:
+    """images [B, 3, 32, 32] float32 in [0, 1] -> for each, its coloured things, largest first."""
+    pictures = images.detach().cpu().permute(0, 2, 3, 1).numpy()
+    blobs = [_segment(picture) for picture in pictures]
+    coverage = [torch.from_numpy(blob.coverage) for picture in blobs for blob in picture]
+    glyphs = iter(_correlate(torch.stack(coverage)).numpy() if coverage else ())
+    return [[Found(blob.color, blob.x, blob.y, next(glyphs)) for blob in picture] for picture in blobs]
+
+
+@dataclass(frozen=True)
+class _Blob:
+    color: np.ndarray
+    x: float
+    y: float
+    coverage: np.ndarray
+    """[32, 32] float32 in [0, 1], how much of each pixel the thing covers"""
+
+
+def _segment(picture: np.ndarray) -> list[_Blob]:
+    """picture [32, 32, 3] -> its connected regions of one colour, at most the five largest."""
+    background = np.median(picture.reshape(-1, 3), axis=0)
+    away, axes = picture - background, PALETTE - background
+    # A pixel on an edge is background + coverage * (colour - background): project on each colour's line, take the nearest line.
+    coverage = away @ axes.T / (axes**2).sum(1)
+    distance = np.linalg.norm(away[:, :, None] - coverage[..., None] * axes, axis=-1)
+    nearest = np.where(coverage > CONTRAST, distance, np.inf).argmin(-1)
+    inside = coverage.max(-1) > CONTRAST
+    blobs = []
+    for index in np.unique(nearest[inside]):
+        regions, number = ndimage.label(inside & (nearest == index), structure=np.ones((3, 3)))
+        for region in range(1, number + 1):
+            pixels = regions == region
+            solid = np.quantile(coverage[:, :, index][pixels], 0.9)
+            if pixels.sum() < MIN_AREA or solid < MIN_CORE:
+                continue
+            amount = np.where(ndimage.binary_dilation(pixels), coverage[:, :, index], 0).clip(0, 1).astype(np.float32)
+            core = pixels & (coverage[:, :, index] >= 0.85 * solid)
+            y, x = ndimage.center_of_mass(amount)
+            blobs.append(_Blob(picture[core].mean(0), float(x) + 0.5, float(y) + 0.5, amount))
+    return sorted(blobs, key=lambda blob: -blob.coverage.sum())[:5]
+
+
+def _correlate(coverage: Tensor) -> Tensor:
+    """coverage [N, 32, 32] -> correlation with the best reference of each glyph [N, 14]."""
+    references, glyph = _references()
+    scores = _crop(coverage) @ references.T
+    best = torch.full((len(coverage), len(GLYPHS)), -1.0)
+    return best.scatter_reduce(1, glyph.expand(len(coverage), -1), scores, "amax")
+
+
+def _crop(coverage: Tensor) -> Tensor:
+    """Each thing cut out by its bounding square and scaled to 16x16, mean 0 and length 1: [N, 32, 32] -> [N, 256]."""
+    solid = coverage > 0.5
+    pixels = torch.arange(IMAGE_SIZE)
+    sides = []
+    for filled in (solid.any(1), solid.any(2)):  # columns, then rows
+        low = torch.where(filled, pixels, IMAGE_SIZE).amin(1)
+        high = torch.where(filled, pixels + 1, 0).amax(1)
+        sides.append((low, high))
+    centre = torch.stack([(low + high) / IMAGE_SIZE - 1 for low, high in sides], dim=1)
+    size = torch.stack([high - low for low, high in sides]).amax(0) + 2
+    theta = torch.zeros(len(coverage), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = size / IMAGE_SIZE
+    theta[:, :, 2] = centre
+    grid = F.affine_grid(theta, [len(coverage), 1, CROP, CROP], align_corners=False)
+    crops = F.grid_sample(coverage[:, None], grid, align_corners=False).flatten(1)
+    return F.normalize(crops - crops.mean(1, keepdim=True), dim=1)
+
+
+@cache
+def _references() -> tuple[Tensor, Tensor]:
+    """Reference crops [K, 256] and the glyph each shows [K] int64, every mask at three tilts."""
+    masks, glyph = [], []
+    for name, bank in glyph_masks((REFERENCE.start, REFERENCE.stop, REFERENCE.step)).items():
+        for size in (11.0, 15.0):
+            for tilt in np.deg2rad([-6.0, 0.0, 6.0]):
+                boxes = torch.tensor([[16.0, 16.0, size, tilt]]).expand(len(bank), -1)
+                masks.append(place(bank, boxes.float()))
+                glyph += [GLYPHS.index(name)] * len(bank)
+    return _crop(torch.cat(masks)), torch.tensor(glyph)

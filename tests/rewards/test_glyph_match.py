@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import torch
+
+from diffusion.types import Prompt, RewardModel
+from rewards.glyph_match import GlyphMatch, color_credit, find_things, glyph_credit, grade, place_credit
+from worlds.glyphs import COLORS, GLYPHS, Thing, caption, change_one, parse, random_scene, render
+
+
+def prompts(scenes):
+    return [Prompt(str(i), caption(scene)) for i, scene in enumerate(scenes)]
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """500 scenes, half of them held-out ones, and a ground-truth render of each."""
+    rng = np.random.default_rng(11)
+    scenes = [random_scene(rng, heldout=i % 2 == 1) for i in range(500)]
+    return scenes, render(scenes, seed=12)
+
+
+@pytest.fixture(scope="module")
+def truth_scores(truth):
+    scenes, images = truth
+    return GlyphMatch()(images, prompts(scenes)).total
+
+
+def test_right_on_98_percent_of_ground_truth(truth_scores):
+    assert (truth_scores == 1).float().mean() >= 0.98
+    assert truth_scores.mean() >= 0.98
+
+
+def test_one_changed_attribute_scores_lower_98_percent_of_the_time(truth, truth_scores):
+    scenes, _ = truth
+    rng = np.random.default_rng(13)
+    others = render([change_one(scene, rng) for scene in scenes], seed=14)
+    scores = GlyphMatch()(others, prompts(scenes)).total
+    assert (scores < truth_scores).float().mean() >= 0.98
+
+
+def test_it_is_a_reward_model_with_one_part():
+    reward = GlyphMatch("match")
+    assert isinstance(reward, RewardModel)
+    assert reward.differentiable is False
+    scores = reward(render([parse("a red circle")], seed=0), [Prompt("0", "a red circle")])
+    assert scores.total.dtype == torch.float32
+    assert list(scores.parts) == ["match"]
+    assert torch.equal(scores.parts["match"], scores.total)
+
+
+@pytest.mark.parametrize(
+    ("shown", "low", "high"),
+    [
+        ("a red circle left of a blue square", 1.0, 1.0),
+        ("a blue square right of a red circle", 1.0, 1.0),
+        ("a red circle right of a blue square", 0.74, 0.76),  # all but the place: 3/4
+        ("a green circle left of a blue square", 0.75, 0.90),  # one colour of four attributes
+        ("a green seven left of a yellow cross", 0.2, 0.45),  # the place alone, and what glyphs share
+    ],
+)
+def test_partial_credit(shown, low, high):
+    asked = "a red circle left of a blue square"
+    score = GlyphMatch()(render([parse(shown)], seed=1), [Prompt("0", asked)]).total.item()
+    assert low <= score <= high
+
+
+def test_nothing_or_too_much_is_punished():
+    reward, prompt = GlyphMatch(), [Prompt("0", "a red circle")]
+    assert reward(torch.full((1, 3, 32, 32), 0.2), prompt).total.item() == 0
+    two = render([parse("a red circle left of a red square")], seed=0)
+    assert reward(two, prompt).total.item() == pytest.approx(0.5)
+    half = reward(render([parse("a red circle")], seed=0), [Prompt("0", "a red circle left of a blue seven")]).total.item()
+    assert half == pytest.approx(0.375)  # one of two things, no place: 0.75 * 0.5
+
+
+def test_noise_scores_low():
+    noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert GlyphMatch()(noise, [Prompt("0", "a red circle")] * 64).total.mean() < 0.2
+
+
+def test_scores_do_not_depend_on_the_batch(truth, truth_scores):
+    scenes, images = truth
+    assert torch.equal(GlyphMatch()(images[40:50], prompts(scenes[40:50])).total, truth_scores[40:50])
+
+
+def test_no_gradient_leaks(truth):
+    scenes, images = truth
+    assert not GlyphMatch()(images[:2].clone().requires_grad_(), prompts(scenes[:2])).total.requires_grad
+
+
+def test_color_credit():
+    red = np.array(COLORS["red"])
+    assert color_credit(red, "red") == 1.0
+    assert color_credit(red + np.array([0, 0.15, 0]), "red") == pytest.approx(1.0)
+    assert color_credit(red + np.array([0, 0.35, 0]), "red") == pytest.approx(np.exp(-1))
+    assert color_credit(red, "white") < 0.02
+
+
+def test_no_two_colours_can_both_be_right():
+    table = np.array(list(COLORS.values()))
+    distances = np.linalg.norm(table[:, None] - table[None], axis=-1)
+    assert distances[~np.eye(len(table), dtype=bool)].min() > 2 * 0.15
+
+
+def test_glyph_credit():
+    glyphs = np.zeros(len(GLYPHS))
+    glyphs[GLYPHS.index("seven")], glyphs[GLYPHS.index("one")] = 0.9, 0.8
+    assert glyph_credit(glyphs, "seven") == 1.0
+    assert glyph_credit(glyphs, "one") == pytest.approx(np.exp(-1) * 0.8 / 0.85)
+    assert glyph_credit(glyphs, "circle") == 0.0
+
+
+def test_place_credit():
+    def at(*centres):
+        return [
+            find_things(render([parse("a red circle")], seed=0))[0][0].__class__(np.zeros(3), x, y, np.zeros(14))
+            for x, y in centres
+        ]
+
+    assert [place_credit(at((x, 16)), "on the left") for x in (9, 12.5, 16, 19.5, 25)] == [1, 1, 0.5, 0, 0]
+    assert [place_credit(at((16, y)), "at the bottom") for y in (9, 16, 23)] == [0, 0.5, 1]
+    assert [place_credit(at((10, 16), (10 + gap, 16)), "left of") for gap in (-4, 2, 8, 16)] == [0, 0.5, 1, 1]
+    assert place_credit(at((16, 24), (16, 8)), "below") == 1
+    assert place_credit(at((16, 24), (16, 8)), "above") == 0
+
+
+def test_grade_picks_the_best_assignment(truth):
+    _, images = truth
+    scene = parse("a white circle above a white circle".replace("white circle", "white square", 1))
+    swapped = list(reversed(find_things(render([scene], seed=2))[0]))
+    assert grade(swapped, scene) == 1.0
+    assert len(images) == 500
+
+
+def test_thing_found_has_the_right_colour_and_place():
+    (found,) = find_things(render([parse("a purple square on the right")], seed=3))[0]
+    assert np.linalg.norm(found.color - COLORS["purple"]) < 0.08
+    assert 20 < found.x < 25
+    assert GLYPHS[found.glyphs.argmax()] == "square"
+    assert Thing("purple", "square") in parse("a purple square").things
+
+
+def test_wrong_size_and_foreign_prompts_are_refused():
+    with pytest.raises(ValueError, match=r"\[1, 3, 64, 64\]"):
+        GlyphMatch()(torch.zeros(1, 3, 64, 64), [Prompt("0", "a red circle")])
+    with pytest.raises(ValueError, match="'mountain'"):
+        GlyphMatch()(torch.zeros(1, 3, 32, 32), [Prompt("0", "a red mountain")])

@@ -1,0 +1,73 @@
+"""The rules that keep the rooms apart, read off the syntax trees (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MIDDLE = {"align", "distill", "rollouts", "rewards", "generators"}
+MAY_IMPORT = {
+    "diffusion": set(),
+    "worlds": set(),
+    **{room: {"diffusion", "worlds"} for room in MIDDLE},
+    "runtime": {"diffusion", "worlds"} | MIDDLE,
+}
+HOMES = {
+    "ray": "runtime/remote.py",
+    "diffusers": "generators/",
+    "peft": "generators/",
+    "hpsv2": "rewards/hpsv2.py",
+    "ImageReward": "rewards/image_reward.py",
+    "trl": ("rewards/trl.py", "runtime/prompt_policy.py"),
+    "tensorboard": "runtime/tracking.py",
+    "accelerate": "runtime/tracking.py",
+}
+"""A third-party library and the only file or room that may import it."""
+
+FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def imported(source: str) -> set[str]:
+    """The dotted names a module imports, wherever in it the statement stands."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that this test can read them"
+            names.add(node.module or "")
+    return names
+
+
+def wrong_rooms(path: Path, source: str) -> set[str]:
+    room = path.relative_to(ROOT).parts[0]
+    tops = {name.split(".")[0] for name in imported(source)}
+    return (tops & set(MAY_IMPORT)) - MAY_IMPORT[room] - {room}
+
+
+def strangers(path: Path, source: str) -> set[str]:
+    tops = {name.split(".")[0] for name in imported(source)} & set(HOMES)
+    return {name for name in tops if not path.relative_to(ROOT).as_posix().startswith(HOMES[name])}
+
+
+def test_every_room_is_there():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_one_way_and_libraries_stay_home(path):
+    assert wrong_rooms(path, path.read_text()) == set()
+    assert strangers(path, path.read_text()) == set()
+
+
+def test_the_rules_catch_a_breach():
+    def late(name):
+        return f"def f():\n    import {name}"
+
+    assert wrong_rooms(ROOT / "diffusion/x.py", late("generators.sd3")) == {"generators"}
+    assert wrong_rooms(ROOT / "rewards/x.py", "from generators import load") == {"generators"}
+    assert wrong_rooms(ROOT / "runtime/x.py", "from generators import load") == set()
+    assert strangers(ROOT / "align/x.py", late("diffusers.utils")) == {"diffusers"}
+    assert strangers(ROOT / "runtime/loop.py", "import ray") == {"ray"}
+    assert strangers(ROOT / "runtime/remote.py", "import ray") == set()

@@ -1,0 +1,50 @@
+"""The glyph world.
+
+scene.py    what can be said: colours, glyphs, places; scene <-> caption; the held-out combinations
+render.py   what it looks like: scenes -> images
+digits.py   the handwritten digits the renderer draws with, and the disjoint ones a verifier may look at
+prompts.py  the prompt files train, heldout and evaluation, and the recipe that wrote them
+"""
+
+from worlds.glyphs.digits import DRAWN, REFERENCE, digit_bitmaps
+from worlds.glyphs.prompts import PROMPT_SETS, read_prompts
+from worlds.glyphs.render import IMAGE_SIZE, glyph_masks, render
+from worlds.glyphs.scene import (
+    COLORS,
+    DIGITS,
+    GLYPHS,
+    HELDOUT_THINGS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    change_one,
+    parse,
+    random_scene,
+)
+
+__all__ = [
+    "COLORS",
+    "DIGITS",
+    "DRAWN",
+    "GLYPHS",
+    "HELDOUT_THINGS",
+    "IMAGE_SIZE",
+    "PLACES",
+    "PROMPT_SETS",
+    "REFERENCE",
+    "RELATIONS",
+    "SHAPES",
+    "Scene",
+    "Thing",
+    "caption",
+    "change_one",
+    "digit_bitmaps",
+    "glyph_masks",
+    "parse",
+    "random_scene",
+    "read_prompts",
+    "render",
+]

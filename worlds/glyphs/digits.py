@@ -1,0 +1,31 @@
+"""Real handwritten digits, 8x8 pixels each, from the UCI "Optical Recognition of Handwritten Digits" set.
+
+E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (CC BY 4.0), as
+bundled with scikit-learn. The sheet `digits.png` has one row of 8x8 tiles for each class, and of each class only digits
+a reader would not argue about (their five nearest neighbours all agree); worlds/glyphs/make.py made it.
+
+Even columns are DRAWN by the renderer, odd ones are REFERENCE for a verifier: it never grades a digit it has looked at.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SHEET = Path(__file__).with_name("digits.png")
+PER_CLASS = 140
+DRAWN = slice(0, None, 2)
+REFERENCE = slice(1, None, 2)
+
+
+@cache
+def digit_bitmaps() -> Tensor:
+    """[10, 140, 8, 8] float32 in [0, 1]: class, writer, rows, columns. Index writers with DRAWN or REFERENCE."""
+    with Image.open(SHEET) as sheet:
+        pixels = torch.from_numpy(np.array(sheet, dtype=np.float32))
+    return pixels.view(10, 8, PER_CLASS, 8).permute(0, 2, 1, 3) / 255

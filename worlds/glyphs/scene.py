@@ -1,0 +1,140 @@
+"""What can be said in the glyph world: a scene is one thing, perhaps at a place, or two things in a relation.
+
+    a red circle
+    a red circle on the left
+    a red circle left of a blue seven
+
+Some (colour, glyph) pairs are held out: no training scene shows them, so a prompt that names one asks the generator
+to compose what it has only seen apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+
+COLORS = {
+    "red": (0.90, 0.15, 0.15),
+    "green": (0.15, 0.72, 0.25),
+    "blue": (0.20, 0.40, 0.95),
+    "yellow": (0.95, 0.85, 0.15),
+    "purple": (0.70, 0.25, 0.85),
+    "white": (0.96, 0.96, 0.96),
+}
+"""RGB in [0, 1]; the renderer jitters each channel a little."""
+
+SHAPES = ("circle", "square", "triangle", "cross")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+GLYPHS = SHAPES + DIGITS
+PLACES = ("on the left", "on the right", "at the top", "at the bottom")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class Thing:
+    color: str
+    glyph: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    """One thing, or two that differ."""
+    place: str | None = None
+    """One thing: a name of PLACES, or None for anywhere. Two things: a name of RELATIONS, first to second."""
+
+    def __post_init__(self) -> None:
+        allowed: tuple[str | None, ...] = (None, *PLACES) if len(self.things) == 1 else RELATIONS
+        if len(self.things) not in (1, 2) or len(set(self.things)) != len(self.things):
+            raise ValueError(f"a scene has one thing or two different ones, got {self.things}")
+        if self.place not in allowed:
+            raise ValueError(f"place {self.place!r} does not fit {len(self.things)} thing(s); allowed: {allowed}")
+
+
+HELDOUT_THINGS = frozenset(
+    Thing(color, glyph)
+    for color, glyphs in {
+        "red": ("triangle", "four"),
+        "green": ("cross", "seven"),
+        "blue": ("circle", "two"),
+        "yellow": ("square", "nine"),
+        "purple": ("triangle", "five"),
+        "white": ("circle", "three"),
+    }.items()
+    for glyph in glyphs
+)
+
+
+def caption(scene: Scene) -> str:
+    first, *rest = (f"a {thing.color} {thing.glyph}" for thing in scene.things)
+    return " ".join(part for part in (first, scene.place, *rest) if part)
+
+
+def parse(text: str) -> Scene:
+    """The scene a caption describes.
+
+    Raises ValueError for text outside the grammar, with the nearest word that is in it.
+    """
+    words = text.lower().strip().rstrip(".").split()
+    first, words = _parse_thing(words, text)
+    rest = " ".join(words)
+    if not rest or rest in PLACES:
+        return Scene((first,), rest or None)
+    for relation in RELATIONS:
+        if rest.startswith(relation + " "):
+            second, words = _parse_thing(words[len(relation.split()) :], text)
+            if words:
+                raise ValueError(f"the glyph world cannot read {' '.join(words)!r} at the end of {text!r}")
+            return Scene((first, second), relation)
+    raise ValueError(f"the glyph world cannot read {rest!r} in {text!r}{_nearest(rest, PLACES + RELATIONS)}")
+
+
+def _parse_thing(words: list[str], text: str) -> tuple[Thing, list[str]]:
+    if len(words) < 3 or words[0] not in ("a", "an"):
+        raise ValueError(f"the glyph world expects 'a COLOUR GLYPH' where {text!r} has {' '.join(words)!r}")
+    for word, allowed in ((words[1], tuple(COLORS)), (words[2], GLYPHS)):
+        if word not in allowed:
+            raise ValueError(f"the glyph world does not know {word!r} in {text!r}{_nearest(word, allowed)}")
+    return Thing(words[1], words[2]), words[3:]
+
+
+def _nearest(word: str, allowed: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(allowed)}"
+
+
+def random_scene(rng: np.random.Generator, heldout: bool = False) -> Scene:
+    """A scene without held-out things, or (heldout=True) with at least one.
+
+    Half the scenes have two things, half of the others name a place; half the glyphs are shapes, half digits.
+    """
+    while True:
+        things = tuple(_random_thing(rng) for _ in range(int(rng.integers(1, 3))))
+        if len(set(things)) == len(things) and any(t in HELDOUT_THINGS for t in things) == heldout:
+            break
+    places: tuple[str | None, ...] = RELATIONS if len(things) == 2 else (*PLACES, None, None, None, None)
+    return Scene(things, places[int(rng.integers(len(places)))])
+
+
+def change_one(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one attribute changed: a colour, a glyph, or the place if it has one."""
+    while True:
+        which = int(rng.integers(len(scene.things) * 2 + (scene.place is not None)))
+        place, things = scene.place, list(scene.things)
+        if which == len(things) * 2:
+            names = RELATIONS if len(things) == 2 else PLACES
+            place = str(rng.choice([name for name in names if name != place]))
+        else:
+            thing = things[which // 2]
+            color = str(rng.choice(list(COLORS))) if which % 2 else thing.color
+            glyph = thing.glyph if which % 2 else str(rng.choice(GLYPHS))
+            things[which // 2] = Thing(color, glyph)
+        if (tuple(things), place) != (scene.things, scene.place) and len(set(things)) == len(things):
+            return Scene(tuple(things), place)
+
+
+def _random_thing(rng: np.random.Generator) -> Thing:
+    glyphs = SHAPES if rng.random() < 0.5 else DIGITS
+    return Thing(tuple(COLORS)[int(rng.integers(len(COLORS)))], glyphs[int(rng.integers(len(glyphs)))])
