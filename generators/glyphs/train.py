@@ -19,7 +19,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Schedule:
+    scenes: int
     steps: int
     batch: int
     lr: float
@@ -53,11 +54,10 @@ class Schedule:
 
 
 SCHEDULES = {
-    "vae": Schedule(steps=3000, batch=32, lr=2e-3, ema=0.99),
-    "clip": Schedule(steps=5000, batch=128, lr=1e-3),
-    "teacher": Schedule(steps=14000, batch=64, lr=1e-3),
+    "vae": Schedule(scenes=20_000, steps=3000, batch=32, lr=2e-3, ema=0.99),
+    "clip": Schedule(scenes=60_000, steps=5000, batch=128, lr=1e-3),
+    "teacher": Schedule(scenes=60_000, steps=14000, batch=64, lr=1e-3),
 }
-NUM_SCENES = {"vae": 20_000, "clip": 60_000, "teacher": 60_000}
 
 
 def fit(
@@ -67,25 +67,28 @@ def fit(
     schedule: Schedule,
     seed: int,
     work: Path,
-    sample: Callable[[nn.Module, int], None],
+    sample: Callable[[nn.Module, int], None] = lambda average, step: None,
 ) -> nn.Module:
     """Train `model` in place on the sum of `loss_of`'s terms; returns its moving average.
 
     `loss_of` draws one batch with the generator it is given. `sample` is called with the average at every checkpoint.
+    Raises ValueError if the work folder holds a checkpoint of another schedule or seed.
     """
-    checkpoint = work / f"{name}.pt"
+    checkpoint, recipe = work / f"{name}.pt", f"seed={seed} {schedule}"
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    parts = {"model": model, "average": average, "optimizer": optimizer}
     first, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state["recipe"] != recipe:
+            raise ValueError(f"{checkpoint} was made with {state['recipe']}, this run has {recipe}: give another --work folder")
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
         first, seconds = state["step"], state["seconds"]
         print(f"{name}: continuing from step {first} of {schedule.steps}", flush=True)
     started = time.monotonic() - seconds
-    sums: dict[str, float] = {}
+    history: list[dict[str, float]] = []
     for step in range(first, schedule.steps):
         optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
         terms = loss_of(np.random.default_rng((seed, step)))
@@ -94,19 +97,16 @@ def fit(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(model)
-        for key, value in terms.items():
-            sums[key] = sums.get(key, 0.0) + value.item()
-        done = step + 1
+        history.append({key: value.item() for key, value in terms.items()})
+        done, seconds = step + 1, time.monotonic() - started
         if done % 100 == 0 or done == schedule.steps:
-            count = (step - first) % 100 + 1
-            means = " ".join(f"{key} {total / count:.4f}" for key, total in sums.items())
-            seconds = time.monotonic() - started
-            left = seconds / done * (schedule.steps - done)
-            print(f"{name} {done}/{schedule.steps}  {means}  {seconds / done:.3f} s/step  {left / 60:.1f} min left", flush=True)
-            sums = {}
+            means = " ".join(f"{key} {np.mean([h[key] for h in history]):.4f}" for key in terms)
+            left = seconds / done * (schedule.steps - done) / 60
+            print(f"{name} {done}/{schedule.steps}  {means}  {seconds / done:.3f} s/step  {left:.1f} min left", flush=True)
+            history = []
         if done % schedule.checkpoint_every == 0 or done == schedule.steps:
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": done, "seconds": time.monotonic() - started}, checkpoint.with_suffix(".tmp"))
+            state = {key: part.state_dict() for key, part in parts.items()}
+            torch.save(state | {"step": done, "seconds": seconds, "recipe": recipe}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
             sample(average.module, done)
     return average.module.eval()
@@ -128,7 +128,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
 
 
 def train_vae(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
-    images = render(make_scenes(NUM_SCENES["vae"], seed), seed)
+    images = render(make_scenes(schedule.scenes, seed), seed)
     torch.manual_seed(seed)
     vae = networks.new_vae()
 
@@ -164,7 +164,7 @@ def said_otherwise(scene: Scene) -> tuple[frozenset[Thing] | tuple[Thing, ...], 
 
 def train_clip(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
     tokenizer = networks.write_tokenizer(out)
-    scenes = make_scenes(NUM_SCENES["clip"], seed + 1)
+    scenes = make_scenes(schedule.scenes, seed + 1)
     images = (render(scenes, seed + 1) - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
     rng = np.random.default_rng(seed)
     others = []
@@ -190,7 +190,7 @@ def train_clip(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
         logits = out.logits_per_image.masked_fill(same, -torch.inf)
         return {"image": F.cross_entropy(logits, own), "text": F.cross_entropy(logits[:, : len(rows)].T, own)}
 
-    clip = fit("clip", clip, loss_of, schedule, seed, work, lambda model, step: None)
+    clip = fit("clip", clip, loss_of, schedule, seed, work)
     clip.save_pretrained(out)
     size = {"shortest_edge": networks.IMAGE_SIZE}
     crop = {"height": networks.IMAGE_SIZE, "width": networks.IMAGE_SIZE}
@@ -228,7 +228,7 @@ def train_teacher(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
     tokenizer = networks.write_tokenizer(out / "tokenizer")
     tokenizer_2 = networks.write_tokenizer(out / "tokenizer_2")
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-    scenes = make_scenes(NUM_SCENES["teacher"], seed + 2)
+    scenes = make_scenes(schedule.scenes, seed + 2)
     latents = torch.cat(list(encode(vae, render(scenes, seed + 2))))
     ids, nothing = tokenize(tokenizer, [caption(s) for s in scenes]), tokenize(tokenizer, [""])
     torch.manual_seed(seed)
@@ -288,6 +288,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=Path("runs/glyphs-train"), help="checkpoints and sample pictures")
     arguments.add_argument("--out", type=Path, default=HERE, help="where pipeline/ and clip/ are written")
     arguments.add_argument("--steps", type=int, help="instead of the recipe's own number, for a quick try")
+    arguments.add_argument("--scenes", type=int, help="likewise")
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     unknown = set(options.stages) - set(stages)
@@ -296,8 +297,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.stages:
         schedule = SCHEDULES[name]
-        if options.steps:
-            schedule = Schedule(**{**schedule.__dict__, "steps": options.steps, "warmup": min(schedule.warmup, options.steps)})
+        schedule = replace(schedule, steps=options.steps or schedule.steps, scenes=options.scenes or schedule.scenes)
         stages[name](schedule, options.seed, options.work, options.out / ("clip" if name == "clip" else "pipeline"))
 
 

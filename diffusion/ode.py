@@ -1,0 +1,80 @@
+"""A whole solve: the states on the grid, with gradient only where it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.grid import time_grid
+from diffusion.path import Path
+from diffusion.solvers import History, Predictor, Solver, evaluations
+from diffusion.types import Trajectory
+
+
+def integrate(
+    predict: Predictor,
+    x: Tensor,
+    grid: Tensor,
+    path: Path,
+    solver: Solver,
+    *,
+    record: Sequence[int] | None = None,
+    trained: Collection[int] = (),
+) -> Trajectory:
+    """Solve the sampling ODE from x [B, ...] at grid[0] to grid[-1]; grid [S+1] as `time_grid` takes it.
+
+    record: which states to return, as grid indices 0..S, in any order; None for the last one only. They are the states
+    the network was asked at, which in UniPC are the predicted, not the corrected ones.
+
+    trained: which steps, 0..S-1, ask the network with gradient. The others ask it under no_grad, but the state itself
+    stays alive from step to step, so a trained step reaches the end of the solve even where all later ones are not
+    trained. With no trained step nothing has a gradient, not even towards x.
+
+    To start late, pass the end of a grid; to stop early, see `stop_early`. To cut the gradient at the network's input,
+    pass `lambda x, t: predict(x.detach(), t)`.
+
+    Raises ValueError for a grid that is no time grid, and for record or trained outside the range above.
+    """
+    grid = time_grid(grid)
+    steps = len(grid) - 1
+    record = [steps] if record is None else sorted(set(record))
+    _check_indices("record", record, steps)
+    _check_indices("trained", trained, steps - 1)
+    history: History = ()
+    states = []
+    with torch.set_grad_enabled(len(trained) > 0):
+        for i in range(steps):
+            if i in record:
+                states.append(x)
+            x, history = solver.step(path, _with_grad(predict, i in trained), x, grid[i], grid[i + 1], history)
+        if steps in record:
+            states.append(x)
+        return Trajectory(torch.stack(states, dim=1), grid[record])
+
+
+def prediction_coefficients(path: Path, solver: Solver, grid: Tensor) -> Tensor:
+    """How much of each network evaluation arrives in the last state when network inputs are detached, [E] float64.
+
+    The gradient of a loss L(x_S) is then `sum_k c_k (d prediction_k / d parameters)^T dL/dx_S`, with no product of
+    Jacobians. A step is linear in the state and the predictions, so the recursion is the solver itself, run on
+    coefficients: the k-th prediction is the k-th unit vector. On the flow path Euler's c_k is t_{k+1} - t_k; DDIM's is
+    `alpha_S (sigma_{k+1} / alpha_{k+1} - sigma_k / alpha_k)`.
+    """
+    units = torch.eye(evaluations(solver, grid), dtype=torch.float64)
+    asked = iter(units)
+    return integrate(lambda x, t: next(asked)[None], torch.zeros_like(units[:1]), grid, path, solver).x[0, -1]
+
+
+def _with_grad(predict: Predictor, enabled: bool) -> Predictor:
+    def ask(x: Tensor, t: Tensor) -> Tensor:
+        with torch.set_grad_enabled(enabled):
+            return predict(x, t)
+
+    return ask
+
+
+def _check_indices(name: str, indices: Collection[int], last: int) -> None:
+    if outside := [i for i in indices if not 0 <= i <= last]:
+        raise ValueError(f"{name} has {outside}, which this grid does not: allowed are 0 to {last}")

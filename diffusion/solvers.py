@@ -1,0 +1,181 @@
+"""Deterministic solvers of the sampling ODE: one step, one signature, explicit state.
+
+Every step takes the state x at time t to time s < t, asking the network through `predict`, and returns the new state
+with the history that the next step needs. History is what a multistep method remembers; it starts empty, and with an
+empty history every method takes a one-step method's step. A step to s = 0 is first order in every solver, and returns
+the clean prediction: there lambda = log(alpha / sigma) is infinite, and no derivative in lambda can be formed.
+
+| solver   | order | evaluations a step       | source |
+| -------- | ----- | ------------------------ | ------ |
+| euler    | 1     | 1                        | DDIM: Song et al. 2020, arXiv 2010.02502, eq. 12 |
+| heun     | 2     | 2; 1 for a step to s = 0 | Karras et al. 2022, arXiv 2206.00364, algorithm 1 |
+| dpmpp_2m | 2     | 1                        | Lu et al. 2022, arXiv 2211.01095, algorithm 2 |
+| unipc    | 3     | 1                        | UniPC-2, B(h) = e^-h - 1: Zhao et al. 2023, arXiv 2302.04867 |
+
+Without its corrector unipc is of order 2, and dpmpp_2m.
+
+Starting at pure noise (lambda = -inf) is exact in the multistep methods too. The first step is first order, which stays
+finite; in the second, the step behind is infinitely long, so the weight of its slope is 0 and the order drops by one
+without a special case.
+
+diffusers 0.42 agrees on every grid that ends at 0. On a grid that ends above 0 it still makes the last step first order
+(UniPC always, DPM-Solver++ below 15 steps); here only a step to s = 0 is.
+
+Axes: B samples. Times are float64 tensors, [] or [B], in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion.path import Path, combine
+
+Predictor = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, ...], t [] or [B]) -> the path's native prediction [B, ...]: a network with condition, adapter and guidance bound."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A time where the network was asked, as later steps remember it."""
+
+    t: Tensor
+    """[] or [B] float64"""
+    x: Tensor
+    """[B, ...] the state the step left from; after a corrector, not the one the network saw"""
+    clean: Tensor
+    """[B, ...] the network's clean prediction"""
+
+
+History = tuple[Node, ...]
+"""Newest first."""
+
+
+class Step(Protocol):
+    def __call__(
+        self, path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, history: History
+    ) -> tuple[Tensor, History]:
+        """x [B, ...] at time t -> (x [B, ...] at time s, the history for the next step)."""
+        ...
+
+
+def euler(path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, history: History) -> tuple[Tensor, History]:
+    """Euler on the flow path; DDIM, which is Euler in sigma / alpha, on the variance-preserving one."""
+    return path.step(x, t, s, predict(x, t)), ()
+
+
+def heun(path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, history: History) -> tuple[Tensor, History]:
+    """An Euler step, then the same step again with the mean of the slopes at its two ends.
+
+    A step from pure noise on a variance-preserving path (zero terminal SNR) stays first order.
+    """
+    prediction = predict(x, t)
+    first = path.step(x, t, s, prediction)
+    if not (s > 0).any():
+        return first, ()
+    change = path.slope(first, s, predict(first, s)) - path.slope(x, t, prediction)
+    weight = torch.where(s > 0, path.slope_coefficient(t, s) / 2, 0.0)
+    return combine((torch.ones_like(weight), first), (weight, change)), ()
+
+
+def dpmpp_2m(path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, history: History) -> tuple[Tensor, History]:
+    """DPM-Solver++(2M), the midpoint form of the paper: two clean predictions, one of them remembered."""
+    node = Node(t, x, path.clean(x, t, predict(x, t)))
+    return _extrapolate(path, node, history, s), (node,)
+
+
+def unipc(
+    path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, history: History, corrector: bool = True
+) -> tuple[Tensor, History]:
+    """UniPC of predictor order 2. The evaluation at x first corrects x, then drives the step onwards; it is not repeated.
+
+    The state returned is the predicted one, the one the network will see next; the state at the end of a solve is never
+    corrected, since nothing is evaluated there.
+    """
+    clean = path.clean(x, t, predict(x, t))
+    if corrector and history:
+        x = _correct(path, history, t, clean)
+    node = Node(t, x, clean)
+    return _extrapolate(path, node, history, s), (node, *history[:1])
+
+
+def _hold(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(ratio, gain) of `x_s = ratio x_t + gain x_0`, the exact step if the clean prediction did not change.
+
+    DPM-Solver++ of order 1: ratio = sigma_s / sigma_t, gain = -alpha_s (e^-h - 1). With e^-h written out it stays exact
+    where h is infinite.
+    """
+    ratio = path.sigma(s) / path.sigma(t)
+    return ratio, path.alpha(s) - path.alpha(t) * ratio
+
+
+def _extrapolate(path: Path, node: Node, history: History, s: Tensor) -> Tensor:
+    """DPM-Solver++(2M), algorithm 2; the same as UniPC's predictor of order 2 with B(h) = e^-h - 1 and rho = 1/2.
+
+    Hold D = m_0 + (h / 2 h_behind) (m_0 - m_behind) over the step, m the clean predictions. Without history D = m_0.
+    """
+    ratio, gain = _hold(path, node.t, s)
+    if not history:
+        return combine((ratio, node.x), (gain, node.clean))
+    behind = history[0]
+    now = path.half_log_snr(node.t)
+    h, h_behind = path.half_log_snr(s) - now, now - path.half_log_snr(behind.t)
+    weight = torch.where(s > 0, gain * h / (2 * h_behind), 0.0)
+    return combine((ratio, node.x), (gain + weight, node.clean), (-weight, behind.clean))
+
+
+def _correct(path: Path, history: History, t: Tensor, clean: Tensor) -> Tensor:
+    """UniC of UniPC: the last step again, from where it left to t, now that the clean prediction at t is known.
+
+    With m_0 where the step left, m_1 at t, m_behind one node further back:
+    x_t = ratio x + gain (m_0 + rho_1 (m_behind - m_0) / r + rho_2 (m_1 - m_0)).
+    """
+    node, *rest = history
+    ratio, gain = _hold(path, node.t, t)
+    if not rest:  # order 1: UniC-1 fixes rho_2 = 1/2
+        return combine((ratio, node.x), (gain / 2, node.clean), (gain / 2, clean))
+    behind = rest[0]
+    start = path.half_log_snr(node.t)
+    h = path.half_log_snr(t) - start
+    r = (path.half_log_snr(behind.t) - start) / h
+    rho_1, rho_2 = unic_weights(h, r)
+    w_1, w_2 = gain * rho_1 / r, gain * rho_2
+    return combine((ratio, node.x), (gain - w_1 - w_2, node.clean), (w_1, behind.clean), (w_2, clean))
+
+
+def unic_weights(h: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """(rho_1, rho_2) of UniC-2: rho_1 + rho_2 = phi_2 / phi_1 and r rho_1 + rho_2 = 2 phi_3 / phi_1, all phi at -h.
+
+    h > 0 is the step in lambda, r < 0 where the node behind lies, in steps. phi_1(z) = (e^z - 1) / z, phi_k+1(z) =
+    (phi_k(z) - 1 / k!) / z. At r = -inf the weights are (0, phi_2 / phi_1).
+    """
+    phi_1 = torch.expm1(-h) / -h
+    phi_2 = (phi_1 - 1) / -h
+    phi_3 = (phi_2 - 0.5) / -h
+    rho_1 = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)
+    return rho_1, phi_2 / phi_1 - rho_1
+
+
+@dataclass(frozen=True)
+class Solver:
+    step: Step
+    evaluations: int
+    """Network evaluations of one step, except a step to t = 0, which always takes one."""
+
+
+SOLVERS = {
+    "euler": Solver(euler, 1),
+    "heun": Solver(heun, 2),
+    "dpmpp_2m": Solver(dpmpp_2m, 1),
+    "unipc": Solver(unipc, 1),
+}
+
+
+def evaluations(solver: Solver, grid: Tensor) -> int:
+    """How often a solve over the grid [S+1] asks the network; multiply by the guidance's own factor for its price."""
+    steps = len(grid) - 1
+    return solver.evaluations * (steps - 1) + 1 if grid[-1] == 0 else solver.evaluations * steps

@@ -1,0 +1,144 @@
+"""The nouns every room shares, and the seams between rooms.
+
+Axes: B samples, S solver steps, C channels, H height, W width. Every batch field leads with B.
+Times: t in [0, 1], data at 0, noise at 1, everywhere. Images: float32 NCHW RGB in [0, 1], everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt set."""
+
+    id: str
+    """Unique within its prompt set; seeds and paired comparisons hang on it."""
+    text: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Extra columns of the prompt file (a target text for OCR, a reference score, ...)."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Encoded prompts. What the tensors mean is known in generators/ only; others index, repeat, join and pass on."""
+
+    tensors: Mapping[str, Tensor]
+    """Each [B, ...], float, one batch size for all."""
+
+    def __post_init__(self) -> None:
+        sizes = {name: tensor.shape[0] for name, tensor in self.tensors.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"a condition's tensors must share one batch size, got {sizes}")
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Condition:
+        """Rows by slice, list of indices or index tensor; a single index would drop the batch axis and is refused."""
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+            raise TypeError("index a Condition with a slice or a list of rows; a single index would drop the batch axis")
+        rows = index if isinstance(index, (slice, Tensor)) else list(index)
+        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def repeat(self, times: int) -> Condition:
+        """Each row `times` times in a row: [a, b] -> [a, a, b, b]."""
+        return Condition({name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.tensors.items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> Condition:
+        return Condition({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        names = conditions[0].tensors.keys()
+        return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in names})
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The states an ODE solve was asked to keep, in solving order (noise first)."""
+
+    x: Tensor
+    """[B, R, ...] float; R recorded states, all S+1 of them unless fewer were asked for."""
+    t: Tensor
+    """[R] float64, strictly decreasing, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.x.shape[1] != self.t.shape[0]:
+            raise ValueError(f"{self.x.shape[1]} states but {self.t.shape[0]} times")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts turned into images by one frozen set of weights. A prompt's group is never split."""
+
+    prompts: Sequence[Prompt]
+    """[B], each prompt repeated once for every member of its group."""
+    group: Tensor
+    """[B] int64, which group a sample belongs to."""
+    seeds: Tensor
+    """[B] int64, the seed of each sample's initial noise."""
+    condition: Condition
+    """[B]"""
+    trajectory: Trajectory
+    images: Tensor
+    """[B, 3, H, W] float32 in [0, 1]"""
+    policy_version: int | None
+    """The adapter version that drew it; None for the frozen teacher, whose rollouts never go stale."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward model thinks of a batch."""
+
+    total: Tensor
+    """[B] float32"""
+    parts: Mapping[str, Tensor]
+    """{label: [B] float32}; a plain scorer has one part, a mixture one for each member."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    value: Tensor
+    """[] float, with gradient"""
+    metrics: Mapping[str, float]
+
+
+@runtime_checkable
+class Predict(Protocol):
+    """A network under a named adapter (None: all adapters off, which is the teacher)."""
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
+        """x [B, ...], t [] or [B] in [0, 1] -> the path's native prediction, [B, ...] in x's dtype."""
+        ...
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Between what people read and look at, and what the network sees."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Prompt texts -> condition [B]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] -> images [B, 3, H, W] float32 in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Images and their prompts -> scores. Says honestly whether a gradient reaches the images."""
+
+    label: str
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
+        ...
