@@ -20,7 +20,7 @@ arguments.add_argument("--repeats", type=int, default=50)
 options = arguments.parse_args()
 torch.set_num_threads(options.threads)
 
-generator = load("sd3", "embedded:glyphs")
+generator = load("embedded:glyphs")
 condition = generator.encode(["a red circle left of a blue seven"] * options.batch)
 x = torch.randn(options.batch, *generator.latent_shape(32, 32))
 t = torch.full((options.batch,), 0.5)

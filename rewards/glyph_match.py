@@ -28,8 +28,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from diffusion.types import Prompt, Scores
-from worlds.glyphs import COLORS, GLYPHS, IMAGE_SIZE, REFERENCE, Scene, Thing, glyph_masks, parse
-from worlds.glyphs.render import place
+from worlds.glyphs import COLORS, GLYPHS, IMAGE_SIZE, Scene, Thing, glyph_masks, parse
+from worlds.glyphs.renderer import place
 
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 
@@ -104,7 +104,7 @@ def thing_credit(found: Found, asked: Thing) -> float:
 
 def color_credit(color: np.ndarray, name: str) -> float:
     """1 within the tolerance of the named colour, exponentially less beyond it; no two colours' tolerances meet."""
-    excess = np.linalg.norm(color - COLORS[name]) - COLOR_TOLERANCE
+    excess = float(np.linalg.norm(color - COLORS[name])) - COLOR_TOLERANCE
     return float(np.exp(-max(0.0, excess) / COLOR_FALLOFF))
 
 
@@ -170,7 +170,7 @@ def _segment(picture: np.ndarray) -> list[_Blob]:
             core = pixels & (coverage[:, :, index] >= 0.85 * solid)
             y, x = ndimage.center_of_mass(amount)
             blobs.append(_Blob(picture[core].mean(0), float(x) + 0.5, float(y) + 0.5, amount))
-    return sorted(blobs, key=lambda blob: -blob.coverage.sum())[:5]
+    return sorted(blobs, key=lambda blob: float(blob.coverage.sum()), reverse=True)[:5]
 
 
 def _correlate(coverage: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _crop(coverage: Tensor) -> Tensor:
 def _references() -> tuple[Tensor, Tensor]:
     """Reference crops [K, 256] and the glyph each shows [K] int64, every mask at three tilts."""
     masks, glyph = [], []
-    for name, bank in glyph_masks((REFERENCE.start, REFERENCE.stop, REFERENCE.step)).items():
+    for name, bank in glyph_masks("reference").items():
         for size in (11.0, 15.0):
             for tilt in np.deg2rad([-6.0, 0.0, 6.0]):
                 boxes = torch.tensor([[16.0, 16.0, size, tilt]]).expand(len(bank), -1)

@@ -108,7 +108,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     vision = {
         "hidden_size": 96,
         "intermediate_size": 384,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "image_size": IMAGE_SIZE,
         "patch_size": 4,

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,21 +56,21 @@ class Schedule:
 
 SCHEDULES = {
     "vae": Schedule(scenes=20_000, steps=3000, batch=32, lr=2e-3, ema=0.99),
-    "clip": Schedule(scenes=60_000, steps=5000, batch=128, lr=1e-3),
+    "clip": Schedule(scenes=40_000, steps=5000, batch=64, lr=1e-3),
     "teacher": Schedule(scenes=60_000, steps=14000, batch=64, lr=1e-3),
 }
 
 
 def fit(
     name: str,
-    model: nn.Module,
+    model: Any,
     loss_of: Callable[[np.random.Generator], dict[str, Tensor]],
     schedule: Schedule,
     seed: int,
     work: Path,
-    sample: Callable[[nn.Module, int], None] = lambda average, step: None,
-) -> nn.Module:
-    """Train `model` in place on the sum of `loss_of`'s terms; returns its moving average.
+    sample: Callable[[Any, int], None] = lambda average, step: None,
+) -> Any:
+    """Train `model`, a module, in place on the sum of `loss_of`'s terms; returns its moving average.
 
     `loss_of` draws one batch with the generator it is given. `sample` is called with the average at every checkpoint.
     Raises ValueError if the work folder holds a checkpoint of another schedule or seed.
@@ -77,7 +78,7 @@ def fit(
     checkpoint, recipe = work / f"{name}.pt", f"seed={seed} {schedule}"
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
+    parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
     first, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -139,7 +140,7 @@ def train_vae(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
         y = vae.decode(posterior.mean + posterior.std * noise).sample
         return {"l1": F.l1_loss(y, x), "mse": F.mse_loss(y, x), "kl": 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()}
 
-    def sample(model: nn.Module, step: int) -> None:
+    def sample(model: Any, step: int) -> None:
         with torch.no_grad():
             x = images[:32]
             y = model.decode(model.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
@@ -259,7 +260,7 @@ def train_teacher(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def sample(model: nn.Module, step: int) -> None:
+    def sample(model: Any, step: int) -> None:
         if step % 1000 and step != schedule.steps:
             return
         model.eval()

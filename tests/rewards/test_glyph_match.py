@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from diffusion.types import Prompt, RewardModel
-from rewards.glyph_match import GlyphMatch, color_credit, find_things, glyph_credit, grade, place_credit
-from worlds.glyphs import COLORS, GLYPHS, Thing, caption, change_one, parse, random_scene, render
+from rewards.glyph_match import Found, GlyphMatch, color_credit, find_things, glyph_credit, grade, place_credit
+from worlds.glyphs import COLORS, GLYPHS, caption, change_one, parse, random_scene, render
 
 
 def prompts(scenes):
@@ -110,34 +110,47 @@ def test_glyph_credit():
     assert glyph_credit(glyphs, "circle") == 0.0
 
 
-def test_place_credit():
-    def at(*centres):
-        return [
-            find_things(render([parse("a red circle")], seed=0))[0][0].__class__(np.zeros(3), x, y, np.zeros(14))
-            for x, y in centres
-        ]
-
-    assert [place_credit(at((x, 16)), "on the left") for x in (9, 12.5, 16, 19.5, 25)] == [1, 1, 0.5, 0, 0]
-    assert [place_credit(at((16, y)), "at the bottom") for y in (9, 16, 23)] == [0, 0.5, 1]
-    assert [place_credit(at((10, 16), (10 + gap, 16)), "left of") for gap in (-4, 2, 8, 16)] == [0, 0.5, 1, 1]
-    assert place_credit(at((16, 24), (16, 8)), "below") == 1
-    assert place_credit(at((16, 24), (16, 8)), "above") == 0
+def at(x, y):
+    return Found(color=np.zeros(3), x=x, y=y, glyphs=np.zeros(len(GLYPHS)))
 
 
-def test_grade_picks_the_best_assignment(truth):
-    _, images = truth
-    scene = parse("a white circle above a white circle".replace("white circle", "white square", 1))
-    swapped = list(reversed(find_things(render([scene], seed=2))[0]))
-    assert grade(swapped, scene) == 1.0
-    assert len(images) == 500
+@pytest.mark.parametrize(
+    ("centres", "place", "credit"),
+    [
+        ([(9, 16)], "on the left", 1),
+        ([(12.5, 16)], "on the left", 1),
+        ([(16, 16)], "on the left", 0.5),
+        ([(19.5, 16)], "on the left", 0),
+        ([(25, 16)], "on the left", 0),
+        ([(25, 16)], "on the right", 1),
+        ([(16, 16)], "at the top", 0.5),
+        ([(16, 9)], "at the top", 1),
+        ([(16, 23)], "at the bottom", 1),
+        ([(10, 16), (18, 16)], "left of", 1),
+        ([(10, 16), (12, 16)], "left of", 0.5),
+        ([(10, 16), (6, 16)], "left of", 0),
+        ([(24, 16), (8, 20)], "right of", 1),
+        ([(16, 8), (16, 24)], "above", 1),
+        ([(16, 8), (16, 24)], "below", 0),
+    ],
+)
+def test_place_credit(centres, place, credit):
+    assert place_credit([at(*centre) for centre in centres], place) == pytest.approx(credit)
 
 
-def test_thing_found_has_the_right_colour_and_place():
-    (found,) = find_things(render([parse("a purple square on the right")], seed=3))[0]
-    assert np.linalg.norm(found.color - COLORS["purple"]) < 0.08
-    assert 20 < found.x < 25
-    assert GLYPHS[found.glyphs.argmax()] == "square"
-    assert Thing("purple", "square") in parse("a purple square").things
+def test_grade_finds_out_which_thing_is_which():
+    scene = parse("a white circle above a white square")
+    (found,) = find_things(render([scene], seed=2))
+    assert len(found) == 2
+    assert grade(found, scene) == grade(found[::-1], scene) == 1.0
+
+
+def test_a_thing_is_found_with_its_colour_place_and_glyph():
+    (things,) = find_things(render([parse("a purple square on the right")], seed=3))
+    (thing,) = things
+    assert np.linalg.norm(thing.color - COLORS["purple"]) < 0.08
+    assert 20 < thing.x < 25
+    assert GLYPHS[thing.glyphs.argmax()] == "square"
 
 
 def test_wrong_size_and_foreign_prompts_are_refused():

@@ -5,8 +5,6 @@ import torch
 from worlds.glyphs import (
     COLORS,
     DIGITS,
-    DRAWN,
-    REFERENCE,
     Scene,
     Thing,
     digit_bitmaps,
@@ -15,7 +13,7 @@ from worlds.glyphs import (
     random_scene,
     render,
 )
-from worlds.glyphs.render import BACKGROUND, place
+from worlds.glyphs.renderer import BACKGROUND, place
 
 
 def test_images_are_float32_rgb_in_range_and_depend_on_the_seed():
@@ -85,9 +83,14 @@ def test_colours_and_background_are_the_named_ones():
 
 
 def test_drawn_and_reference_digits_are_disjoint_and_complete():
-    bitmaps = digit_bitmaps()
-    assert bitmaps.shape == (10, 140, 8, 8)
-    drawn, reference = bitmaps[:, DRAWN].flatten(2), bitmaps[:, REFERENCE].flatten(2)
+    drawn, reference = (digit_bitmaps(writers).flatten(2) for writers in ("drawn", "reference"))
     assert drawn.shape == reference.shape == (10, 70, 64)
     assert torch.cdist(drawn, reference).min() > 0
     assert [len(glyph_masks()[name]) for name in DIGITS] == [70] * 10
+
+
+def test_slices_do_not_show(monkeypatch):
+    scenes = [random_scene(np.random.default_rng(i)) for i in range(7)]
+    whole = render(scenes, seed=0)
+    monkeypatch.setattr("worlds.glyphs.renderer.SLICE", 3)
+    assert torch.equal(render(scenes, seed=0), whole)

@@ -1,14 +1,15 @@
 """The glyph world.
 
-scene.py    what can be said: colours, glyphs, places; scene <-> caption; the held-out combinations
-render.py   what it looks like: scenes -> images
-digits.py   the handwritten digits the renderer draws with, and the disjoint ones a verifier may look at
-prompts.py  the prompt files train, heldout and evaluation, and the recipe that wrote them
+scene.py      what can be said: colours, glyphs, places; scene <-> caption; the held-out combinations
+renderer.py   what it looks like: scenes -> images
+digits.py     the handwritten digits the renderer draws with, and the disjoint ones a verifier may look at
+prompts.py    the prompt files train, heldout and evaluation
+make.py       the recipe that wrote the digit sheet and the prompt files: `python -m worlds.glyphs.make`
 """
 
-from worlds.glyphs.digits import DRAWN, REFERENCE, digit_bitmaps
+from worlds.glyphs.digits import digit_bitmaps
 from worlds.glyphs.prompts import PROMPT_SETS, read_prompts
-from worlds.glyphs.render import IMAGE_SIZE, glyph_masks, render
+from worlds.glyphs.renderer import IMAGE_SIZE, glyph_masks, render
 from worlds.glyphs.scene import (
     COLORS,
     DIGITS,
@@ -28,13 +29,11 @@ from worlds.glyphs.scene import (
 __all__ = [
     "COLORS",
     "DIGITS",
-    "DRAWN",
     "GLYPHS",
     "HELDOUT_THINGS",
     "IMAGE_SIZE",
     "PLACES",
     "PROMPT_SETS",
-    "REFERENCE",
     "RELATIONS",
     "SHAPES",
     "Scene",

@@ -4,7 +4,7 @@ E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine L
 bundled with scikit-learn. The sheet `digits.png` has one row of 8x8 tiles for each class, and of each class only digits
 a reader would not argue about (their five nearest neighbours all agree); worlds/glyphs/make.py made it.
 
-Even columns are DRAWN by the renderer, odd ones are REFERENCE for a verifier: it never grades a digit it has looked at.
+Even columns are drawn by the renderer, odd ones are the reference of a verifier: it never grades a digit it has looked at.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from torch import Tensor
 
 SHEET = Path(__file__).with_name("digits.png")
 PER_CLASS = 140
-DRAWN = slice(0, None, 2)
-REFERENCE = slice(1, None, 2)
+WRITERS = {"drawn": slice(0, None, 2), "reference": slice(1, None, 2)}
 
 
 @cache
-def digit_bitmaps() -> Tensor:
-    """[10, 140, 8, 8] float32 in [0, 1]: class, writer, rows, columns. Index writers with DRAWN or REFERENCE."""
+def digit_bitmaps(writers: str) -> Tensor:
+    """[10, 70, 8, 8] float32 in [0, 1]: class, writer, rows, columns. writers: "drawn" or "reference"."""
     with Image.open(SHEET) as sheet:
         pixels = torch.from_numpy(np.array(sheet, dtype=np.float32))
-    return pixels.view(10, 8, PER_CLASS, 8).permute(0, 2, 1, 3) / 255
+    return pixels.view(10, 8, PER_CLASS, 8).permute(0, 2, 1, 3)[:, WRITERS[writers]] / 255

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worlds.glyphs.digits import DRAWN, digit_bitmaps
+from worlds.glyphs.digits import digit_bitmaps
 from worlds.glyphs.scene import COLORS, DIGITS, SHAPES, Scene
 
 IMAGE_SIZE = 32
 MASK_SIZE = 64
 SUPERSAMPLING = 3
+SLICE = 512
 
 BACKGROUND = (0.06, 0.30)
 """Range of the plain grey behind everything."""
@@ -43,13 +44,12 @@ def shape_masks() -> Tensor:
 
 
 @cache
-def glyph_masks(which: tuple[int | None, int | None, int | None] = (DRAWN.start, DRAWN.stop, DRAWN.step)) -> dict[str, Tensor]:
+def glyph_masks(writers: str = "drawn") -> dict[str, Tensor]:
     """Glyph name -> [N, 64, 64] float32 in [0, 1]; N = 1 for a shape, one per writer for a digit.
 
-    `which` is the (start, stop, step) of the writers to use, DRAWN's by default (slices do not hash).
+    writers: "drawn" for those the renderer draws with, "reference" for those a verifier may look at.
     """
-    bitmaps = digit_bitmaps()[:, slice(*which)]
-    smooth = F.interpolate(bitmaps, size=(MASK_SIZE, MASK_SIZE), mode="bicubic", align_corners=False)
+    smooth = F.interpolate(digit_bitmaps(writers), size=(MASK_SIZE, MASK_SIZE), mode="bicubic", align_corners=False)
     strokes = torch.sigmoid((smooth - 0.42) * 14)  # a pen's edge instead of the scan's blur
     masks = dict(zip(SHAPES, shape_masks()[:, None], strict=True))
     return masks | dict(zip(DIGITS, strokes, strict=True))
@@ -57,10 +57,15 @@ def glyph_masks(which: tuple[int | None, int | None, int | None] = (DRAWN.start,
 
 def render(scenes: Sequence[Scene], seed: int) -> Tensor:
     """[B, 3, 32, 32] float32 in [0, 1]. Image i depends on scenes[i], `seed` and i alone."""
+    # A slice at a time: the supersampled masks take a hundred times the memory of the images.
+    return torch.cat([_render(scenes[i : i + SLICE], seed, i) for i in range(0, len(scenes), SLICE)])
+
+
+def _render(scenes: Sequence[Scene], seed: int, first: int) -> Tensor:
     image = torch.empty(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)
     masks, boxes, colors, owners = [], [], [], []
     for index, scene in enumerate(scenes):
-        rng = np.random.default_rng((seed, index))
+        rng = np.random.default_rng((seed, first + index))
         image[index] = rng.uniform(*BACKGROUND)
         for thing, box in zip(scene.things, _boxes(scene, rng), strict=True):
             bank = glyph_masks()[thing.glyph]

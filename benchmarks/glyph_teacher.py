@@ -1,0 +1,107 @@
+"""How good the embedded glyph networks are: verifier, CLIP and teacher, measured.
+
+    python benchmarks/glyph_teacher.py [--prompts 200] [--grid FILE.png]
+
+Prints a table and last one JSON line. --grid also writes the teacher's pictures for the first held-out captions.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from transformers import CLIPModel, CLIPTokenizer
+
+from diffusion import SOLVERS, Prompt, guided, integrate, sample_noise
+from generators import EMBEDDED, load
+from generators.glyphs.train import tokenize
+from rewards.glyph_match import GlyphMatch
+from worlds.glyphs import caption, change_one, random_scene, read_prompts, render
+
+CLIP_MEAN, CLIP_STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+def prompts(texts: list[str]) -> list[Prompt]:
+    return [Prompt(str(i), text) for i, text in enumerate(texts)]
+
+
+def verifier(number: int = 500) -> dict[str, float]:
+    rng = np.random.default_rng(11)
+    scenes = [random_scene(rng, heldout=i % 2 == 1) for i in range(number)]
+    texts = prompts([caption(scene) for scene in scenes])
+    right = GlyphMatch()(render(scenes, seed=12), texts).total
+    wrong = GlyphMatch()(render([change_one(scene, rng) for scene in scenes], seed=14), texts).total
+    return {
+        "truth_mean": right.mean().item(),
+        "truth_all_right": (right == 1).float().mean().item(),
+        "one_change_lower": (wrong < right).float().mean().item(),
+        "one_change_mean": wrong.mean().item(),
+    }
+
+
+@torch.no_grad()
+def clip(number: int = 1024) -> dict[str, float]:
+    """How often the right caption is first among 32 of held-out renders, and before itself with one attribute changed."""
+    rng = np.random.default_rng(21)
+    model, tokenizer = (kind.from_pretrained(EMBEDDED["glyphs-clip"]) for kind in (CLIPModel, CLIPTokenizer))
+    scenes = [random_scene(rng, heldout=True) for _ in range(number)]
+    others = [change_one(scene, rng) for scene in scenes]
+    pixels = (render(scenes, seed=22) - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
+    ids = tokenize(tokenizer, [caption(scene) for scene in scenes + others])
+    image = torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
+    text = torch.nn.functional.normalize(model.get_text_features(ids).pooler_output, dim=-1)
+    first = [(i @ t.T).argmax(1) == torch.arange(32) for i, t in zip(image.split(32), text[:number].split(32), strict=True)]
+    own, other = (image * text[:number]).sum(1), (image * text[number:]).sum(1)
+    return {"first_of_32": torch.cat(first).float().mean().item(), "before_one_change": (own > other).float().mean().item()}
+
+
+@torch.no_grad()
+def draw(generator, texts: list[str], solver: str, steps: int, guidance: float) -> torch.Tensor:
+    noise = sample_noise(range(len(texts)), generator.latent_shape())
+    images = []
+    for x, part in zip(noise.split(64), torch.arange(len(texts)).split(64), strict=True):
+        condition, negative = generator.encode([texts[i] for i in part]), generator.encode([""] * len(part))
+        predict = guided(generator, condition, adapter=None, scale=guidance, negative=negative)
+        solve = integrate(predict, x, generator.time_grid(steps), generator.path, SOLVERS[solver])
+        images.append(generator.decode(solve.x[:, -1]))
+    return torch.cat(images)
+
+
+def save_grid(images: torch.Tensor, texts: list[str], path: Path, columns: int = 6) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(texts) // columns, columns, figsize=(columns * 1.75, len(texts) // columns * 2.05))
+    for axis, image, text in zip(axes.flat, images, texts, strict=True):
+        axis.imshow(image.permute(1, 2, 0), interpolation="nearest")
+        axis.axis("off")
+        words = text.split()
+        middle = (len(words) + 1) // 2
+        axis.set_title(" ".join(words[:middle]) + "\n" + " ".join(words[middle:]), fontsize=7.5)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+
+
+arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+arguments.add_argument("--prompts", type=int, default=200, help="how many of each prompt set")
+arguments.add_argument("--grid", type=Path)
+options = arguments.parse_args()
+
+result: dict[str, dict] = {"verifier": verifier(), "clip": clip(), "teacher": {}}
+for part in ("verifier", "clip"):
+    print(part, " ".join(f"{key} {value:.3f}" for key, value in result[part].items()), flush=True)
+
+teacher = load("embedded:glyphs")
+for name in ("train", "heldout", "evaluation"):
+    texts = read_prompts(name)[: options.prompts]
+    for solver, steps, guidance in (("euler", 8, 1.0), ("dpmpp_2m", 8, 1.0), ("euler", 20, 1.0), ("euler", 20, 2.5)):
+        score = GlyphMatch()(draw(teacher, texts, solver, steps, guidance), prompts(texts)).total
+        match, all_right = score.mean().item(), (score == 1).float().mean().item()
+        result["teacher"][f"{name} {solver} {steps} guidance {guidance}"] = {"match": match, "all_right": all_right}
+        print(f"{name:11} {solver:9} {steps:3} steps  guidance {guidance}  match {match:.3f}  all right {all_right:.2f}")
+if options.grid:
+    texts = read_prompts("heldout")[:24]
+    save_grid(draw(teacher, texts, "euler", 8, 1.0), texts, options.grid)
+print(json.dumps(result))

@@ -1,0 +1,213 @@
+"""LoRA adapters over one frozen network (Hu et al. 2021, arXiv 2106.09685): the one place that adds and switches them.
+
+Every role (policy, moving average, old policy, fake score) is the same base network under a named adapter; the teacher
+is the network with all adapters off. peft builds the layers, y = W x + (alpha / rank) B A x. Three of its habits are
+kept out:
+
+* Its `set_adapter` and `enable_adapters` toggle `requires_grad`: a prediction under another adapter, or under none, would
+  freeze the policy. `using` sets the two flags that a layer's forward reads, and nothing else.
+* It casts a new adapter to the base's dtype. Adapters stay float32 over a bfloat16 base, whose steps are too coarse for an
+  optimiser: near 1 the next number is 1.008.
+* It draws first values from the global random state. Here A comes from a seed, so that all processes start alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from generators.adapter_weights import AdapterWeights, manifest_of
+
+DTYPE = torch.float32
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter's shape."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+    """Full names of the linear layers it sits on, in the network's order."""
+
+
+class Adapters:
+    """The named adapters of one network, which it freezes. `active` is the one that predicts; None: all are off."""
+
+    def __init__(self, network: nn.Module, short_names: Mapping[str, str]) -> None:
+        """short_names: {what people write: pattern of module names}, the family's words for `targets`."""
+        network.requires_grad_(False)
+        self.network = network
+        self.active: str | None = None
+        self._short_names = {**short_names, "all-linear": ".*"}
+        self.linear = {
+            name: (module.in_features, module.out_features)
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        """{full name: (inputs, outputs)} of the layers that an adapter can sit on"""
+        self._layers: list[LoraLayer] = []
+        self._loras: dict[str, Lora] = {}
+        self._tensors: dict[str, dict[str, nn.Parameter]] = {}
+
+    def add(
+        self,
+        name: str,
+        *,
+        rank: int,
+        alpha: float,
+        targets: str | Sequence[str] = "attn",
+        seed: int = 0,
+        trainable: bool = True,
+    ) -> Lora:
+        """A new adapter that changes nothing yet: A uniform in +-1 / sqrt(inputs), B zero. Does not switch to it.
+
+        targets: see `match`. Raises ValueError for a name that is taken, a rank below 1, an alpha that is not positive,
+        and targets that are not there.
+        """
+        if name in self._loras:
+            raise ValueError(f"there is an adapter {name!r} already")
+        if rank < 1 or not alpha > 0:
+            raise ValueError(f"an adapter needs rank >= 1 and alpha > 0, got rank {rank} and alpha {alpha}")
+        lora = Lora(rank, alpha, self.match(targets))
+        config: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": "|".join(map(re.escape, lora.modules))}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            # On the meta device, so that peft neither draws nor allocates what is replaced below.
+            inject_adapter_in_model(LoraConfig(**config), self.network, name, low_cpu_mem_usage=True)
+        self._loras[name] = lora
+        self._tensors[name] = dict(self._first_values(name, seed, trainable))
+        self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
+        self._set_flags()
+        return lora
+
+    def _first_values(self, name: str, seed: int, trainable: bool) -> Iterator[tuple[str, nn.Parameter]]:
+        generator = torch.Generator().manual_seed(seed)
+        lora = self._loras[name]
+        for module in lora.modules:
+            layer: Any = self.network.get_submodule(module)
+            inputs, outputs = self.linear[module]
+            bound = inputs**-0.5
+            a = torch.empty(lora.rank, inputs, dtype=DTYPE).uniform_(-bound, bound, generator=generator)
+            b = torch.zeros(outputs, lora.rank, dtype=DTYPE)
+            for part, value in {"lora_A": a, "lora_B": b}.items():
+                parameter = nn.Parameter(value.to(layer.weight.device), requires_grad=trainable)
+                getattr(layer, part)[name].weight = parameter
+                yield f"{module}.{part}.weight", parameter
+
+    def match(self, targets: str | Sequence[str]) -> tuple[str, ...]:
+        """The linear layers that any of the targets names, in the network's order.
+
+        A target is a short name ("attn", "ff", ..., "all-linear"), a layer's name or the end of it from a dot on
+        ("attn.to_q"), or a regular expression for such a name. Raises ValueError if one of them matches nothing.
+        """
+        found: set[str] = set()
+        for target in [targets] if isinstance(targets, str) else targets:
+            try:
+                pattern = re.compile(rf"(.*\.)?({self._short_names.get(target, target)})")
+            except re.error as error:
+                raise ValueError(f"target {target!r} is no valid pattern: {error}") from None
+            matched = {name for name in self.linear if pattern.fullmatch(name)}
+            if not matched:
+                raise ValueError(self._unknown_target(target))
+            found |= matched
+        return tuple(name for name in self.linear if name in found)
+
+    def _unknown_target(self, target: str) -> str:
+        layers = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name, count=1) for name in self.linear))
+        close = difflib.get_close_matches(target, [*self._short_names, *(name.rsplit(".", 1)[-1] for name in layers)], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        return (
+            f"target {target!r} matches no linear layer{hint} Allowed are {', '.join(self._short_names)}, "
+            f"or names and patterns of {', '.join(layers)}"
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._loras)
+
+    def lora(self, name: str) -> Lora:
+        self._check_known(name)
+        return self._loras[name]
+
+    def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """{module.lora_A.weight: [rank, inputs], module.lora_B.weight: [outputs, rank], ...}, float32, always in one order."""
+        self._check_known(name)
+        return dict(self._tensors[name])
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        return list(self.named_parameters(name).values())
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Predict under this adapter (None: under none) inside the block, and as before after it. Nests."""
+        previous = self.active
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(previous)
+
+    def checkpoint(self, module: nn.Module, *inputs: object) -> object:
+        """Activation checkpointing that recomputes under the adapter of the forward pass.
+
+        The recomputation runs in backward, when another adapter may be active; its gradient would then be silently wrong.
+        Made for diffusers' `enable_gradient_checkpointing`.
+        """
+        name = self.active
+
+        def run(*inputs: object) -> object:
+            with self.using(name):
+                return module(*inputs)
+
+        return checkpoint(run, *inputs, use_reentrant=False)
+
+    def read(self, name: str) -> AdapterWeights:
+        """A copy of the adapter as one flat buffer."""
+        return AdapterWeights.pack(self.named_parameters(name), self.lora(name).alpha)
+
+    @torch.no_grad()
+    def write(self, name: str, weights: AdapterWeights) -> None:
+        """Overwrite the adapter in place, so that optimisers keep their parameters.
+
+        Raises ValueError, having changed nothing, for weights of an adapter of another shape and for damaged ones.
+        """
+        own = self.named_parameters(name)
+        weights.check_for(manifest_of(own), self.lora(name).alpha, DTYPE)
+        for parameter, value in zip(own.values(), weights.tensors().values(), strict=True):
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """Overwrite adapter `target` in place with `source`. Raises ValueError unless they have one shape."""
+        if self.lora(source) != self.lora(target):
+            raise ValueError(f"adapters {source!r} and {target!r} differ in rank, alpha or targets")
+        for parameter, value in zip(self.parameters(target), self.parameters(source), strict=True):
+            parameter.copy_(value)
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._loras:
+            raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._loras) or 'none'}")
+
+    def _switch(self, name: str | None) -> None:
+        if name is not None:
+            self._check_known(name)
+        if name != self.active:
+            self.active = name
+            self._set_flags()
+
+    def _set_flags(self) -> None:
+        for layer in self._layers:
+            layer._disable_adapters = self.active is None
+            layer._active_adapter = [] if self.active is None else [self.active]

@@ -1,0 +1,208 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206) over diffusers: prompts, velocity, pictures.
+
+Rectified flow, so the native prediction is the velocity; the network's own clock, 1000 t, exists in this file alone.
+
+Text: two CLIP encoders and a T5, of which diffusers reads `max_sequence_length` tokens. Without the T5 it puts as many zero
+tokens in their place. Models that were trained with a T5 know those zeros, since the paper drops it at random; the embedded
+world, which never had one, is trained and sampled with none, `max_sequence_length=0`.
+
+Precision: transformer and text encoders in the base dtype, adapters in float32 (lora.py), the VAE always in float32,
+because bfloat16 near 1 has steps of 1/256, those of an 8-bit picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusion import Condition, RectifiedFlow, time_grid
+from generators.lora import Adapters
+
+_FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
+SHORT_NAMES = {
+    "attn": r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+    "ff": _FEED_FORWARD,
+    "mlp": _FEED_FORWARD,
+}
+"""What `targets` of an adapter may say; attn2 is the second, image-only attention of SD3.5 medium."""
+T5_TOKENS = 256
+"""diffusers' own default."""
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+"""What makes diffusers neither download nor load it."""
+CACHED_PROMPTS = 1024
+"""How many encoded prompts stay in main memory, those used last; with a T5 each takes 2.7 MB."""
+
+
+class SD3Generator:
+    """A frozen SD3 pipeline under named adapters. Implements `Predict` and `Codec`."""
+
+    path = RectifiedFlow()
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        max_sequence_length: int,
+        gradient_checkpointing: bool = False,
+        slice_size: int = 8,
+    ) -> None:
+        """Freezes the pipeline's networks, on the device and in the dtypes they have.
+
+        pipeline: a StableDiffusion3Pipeline; diffusers' classes are Any here because they grow their attributes at run time.
+        max_sequence_length: T5 tokens, 1 to 512; without a T5, zero tokens in their place, 0 to 512.
+        gradient_checkpointing: keep block inputs only, and compute the blocks again in backward (network and VAE).
+        slice_size: how many pictures the VAE handles at a time.
+        """
+        least = 0 if pipeline.text_encoder_3 is None else 1
+        if not least <= max_sequence_length <= 512:
+            raise ValueError(f"max_sequence_length must be {least} to 512 here, got {max_sequence_length}")
+        pipeline.set_progress_bar_config(disable=True)
+        for network in pipeline.components.values():
+            if isinstance(network, nn.Module):
+                network.requires_grad_(False).eval()
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        self.adapters = Adapters(self.transformer, SHORT_NAMES)
+        self.device: torch.device = pipeline.device
+        self.dtype: torch.dtype = self.transformer.dtype
+        self.max_sequence_length = max_sequence_length
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing(self.adapters.checkpoint)
+        self._slice_size = slice_size
+        self._encoded: dict[str, Condition] = {}
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
+        """Velocity n - x_0 of latents x [B, C, H, W] at t [] or [B] in [0, 1], in x's dtype."""
+        with self.adapters.using(adapter):
+            velocity = self.transformer(
+                hidden_states=x.to(self.dtype),
+                timestep=(1000 * t).to(x.device, torch.float32).expand(len(x)),
+                encoder_hidden_states=condition.tensors["tokens"],
+                pooled_projections=condition.tensors["pooled"],
+                return_dict=False,
+            )[0]
+        return velocity.to(x.dtype)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Prompts, "" being the usual negative one, to tokens [B, L, D] and pooled [B, P] on the device in the base dtype.
+
+        Each text is encoded once and by itself, so that its numbers do not depend on its neighbours. Whatever exceeds the
+        encoders' length is cut off, with diffusers' own warning.
+        """
+        kept = self._encoded
+        rows = {text: kept.pop(text) if text in kept else self._encode_one(text) for text in dict.fromkeys(prompts)}
+        kept |= rows  # popped and put back, so that those used last stand last
+        for text in list(kept)[:-CACHED_PROMPTS]:
+            del kept[text]
+        return Condition.cat([rows[text] for text in prompts]).to(self.device)
+
+    @torch.no_grad()
+    def _encode_one(self, text: str) -> Condition:
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=[text],
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return Condition({"tokens": tokens.to(self.dtype), "pooled": pooled.to(self.dtype)}).to("cpu")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> images [B, 3, H, W] float32 in [0, 1], a slice at a time.
+
+        The gradient reaches the latents, except from pixels that had to be clamped. With gradient checkpointing only the
+        latents are kept, and backward holds one slice's activations at a time.
+        """
+        return self._in_slices(self._decode, latents)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> the mean of their latents [B, C, h, w] float32, a slice at a time."""
+        return self._in_slices(self._encode_images, images)
+
+    def _in_slices(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        if self.gradient_checkpointing and batch.requires_grad:
+            return torch.cat([checkpoint(function, part, use_reentrant=False) for part in batch.split(self._slice_size)])
+        return torch.cat([function(part) for part in batch.split(self._slice_size)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        pixels = self.pipeline.vae.decode(latents.float() / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        return (pixels / 2 + 0.5).clamp(0, 1)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        mean = self.pipeline.vae.encode(images.float() * 2 - 1).latent_dist.mode()
+        return (mean - config.shift_factor) * config.scaling_factor
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture in pixels, by default of the size the model was made for.
+
+        Raises ValueError for a size that the patches do not cover or the positional embedding does not reach.
+        """
+        config, factor = self.transformer.config, self.pipeline.vae_scale_factor
+        step, most = factor * config.patch_size, factor * config.patch_size * config.pos_embed_max_size
+        own = factor * config.sample_size
+        size = {"height": own if height is None else height, "width": own if width is None else width}
+        for side, pixels in size.items():
+            if pixels % step or not 0 < pixels <= most:
+                raise ValueError(f"{side} {pixels} is not allowed here: multiples of {step} up to {most}")
+        return config.in_channels, size["height"] // factor, size["width"] // factor
+
+    def time_grid(self, steps: int, height: int | None = None, width: int | None = None, shift: float | None = None) -> Tensor:
+        """The times the stock pipeline would visit, [S+1] float64 from noise to 0: those of its own scheduler.
+
+        height, width: pixels; they matter where the scheduler's shift depends on the resolution.
+        shift: a fixed one instead of the scheduler's.
+        """
+        overridden = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config, **overridden)
+        scheduler.set_timesteps(steps, **self._dynamic_shift(scheduler.config, height, width))
+        return time_grid(scheduler.sigmas)
+
+    def _dynamic_shift(self, config: dict, height: int | None, width: int | None) -> dict[str, float]:
+        """The pipeline's `mu`, if its scheduler asks for one."""
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        _, h, w = self.latent_shape(height, width)
+        tokens = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return {"mu": calculate_shift(tokens, *(config[name] for name in names))}
+
+
+def load_sd3(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    gradient_checkpointing: bool,
+    t5: bool,
+    max_sequence_length: int | None,
+) -> SD3Generator:
+    """A generator from a local diffusers folder.
+
+    t5: False leaves out the T5 of a folder that has one (9.5 GB in SD3.5), for zero tokens in its place.
+    max_sequence_length: None is 256, as in diffusers, for a folder that comes with a T5, and 0 for one that does not.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    ships_t5 = index.get("text_encoder_3", [None, None])[1] is not None
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder,
+        torch_dtype={"default": dtype, "vae": torch.float32},
+        local_files_only=True,
+        **({} if ships_t5 and t5 else WITHOUT_T5),
+    )
+    if max_sequence_length is None:
+        max_sequence_length = T5_TOKENS if ships_t5 else 0
+    return SD3Generator(
+        pipeline.to(device), max_sequence_length=max_sequence_length, gradient_checkpointing=gradient_checkpointing
+    )
