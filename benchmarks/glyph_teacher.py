@@ -15,12 +15,10 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffusion import SOLVERS, Prompt, guided, integrate, sample_noise
-from generators import EMBEDDED, load
-from generators.glyphs.train import tokenize
+from generators import embedded, load
+from generators.glyphs.train import CLIP_MEAN, CLIP_STD, tokenize
 from rewards.glyph_match import GlyphMatch
 from worlds.glyphs import caption, change_one, random_scene, read_prompts, render
-
-CLIP_MEAN, CLIP_STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def prompts(texts: list[str]) -> list[Prompt]:
@@ -45,16 +43,27 @@ def verifier(number: int = 500) -> dict[str, float]:
 def clip(number: int = 1024) -> dict[str, float]:
     """How often the right caption is first among 32 of held-out renders, and before itself with one attribute changed."""
     rng = np.random.default_rng(21)
-    model, tokenizer = (kind.from_pretrained(EMBEDDED["glyphs-clip"]) for kind in (CLIPModel, CLIPTokenizer))
+    model, tokenizer = (kind.from_pretrained(embedded("embedded:glyphs-clip")) for kind in (CLIPModel, CLIPTokenizer))
     scenes = [random_scene(rng, heldout=True) for _ in range(number)]
     others = [change_one(scene, rng) for scene in scenes]
-    pixels = (render(scenes, seed=22) - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
+    pixels = (render(scenes, seed=22) - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
     ids = tokenize(tokenizer, [caption(scene) for scene in scenes + others])
     image = torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
     text = torch.nn.functional.normalize(model.get_text_features(ids).pooler_output, dim=-1)
     first = [(i @ t.T).argmax(1) == torch.arange(32) for i, t in zip(image.split(32), text[:number].split(32), strict=True)]
     own, other = (image * text[:number]).sum(1), (image * text[number:]).sum(1)
     return {"first_of_32": torch.cat(first).float().mean().item(), "before_one_change": (own > other).float().mean().item()}
+
+
+@torch.no_grad()
+def autoencoder(generator, number: int = 256) -> dict[str, float]:
+    """What is left of ground-truth renders after a way through the latents."""
+    rng = np.random.default_rng(31)
+    scenes = [random_scene(rng, heldout=i % 2 == 1) for i in range(number)]
+    images = render(scenes, seed=32)
+    again = generator.decode(generator.encode_images(images))
+    match = GlyphMatch()(again, prompts([caption(scene) for scene in scenes])).total.mean()
+    return {"match": match.item(), "psnr": -10 * (again - images).square().mean().log10().item()}
 
 
 @torch.no_grad()
@@ -89,11 +98,12 @@ arguments.add_argument("--prompts", type=int, default=200, help="how many of eac
 arguments.add_argument("--grid", type=Path)
 options = arguments.parse_args()
 
-result: dict[str, dict] = {"verifier": verifier(), "clip": clip(), "teacher": {}}
-for part in ("verifier", "clip"):
-    print(part, " ".join(f"{key} {value:.3f}" for key, value in result[part].items()), flush=True)
-
 teacher = load("embedded:glyphs")
+result: dict[str, dict] = {"verifier": verifier(), "clip": clip(), "autoencoder": autoencoder(teacher)}
+for part, figures in result.items():
+    print(part, " ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+
+result["teacher"] = {}
 for name in ("train", "heldout", "evaluation"):
     texts = read_prompts(name)[: options.prompts]
     for solver, steps, guidance in (("euler", 8, 1.0), ("dpmpp_2m", 8, 1.0), ("euler", 20, 1.0), ("euler", 20, 2.5)):

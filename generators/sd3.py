@@ -197,7 +197,7 @@ def load_sd3(
     ships_t5 = index.get("text_encoder_3", [None, None])[1] is not None
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         folder,
-        torch_dtype={"default": dtype, "vae": torch.float32},
+        dtype={"default": dtype, "vae": torch.float32},
         local_files_only=True,
         **({} if ships_t5 and t5 else WITHOUT_T5),
     )

@@ -4,8 +4,8 @@ It finds the coloured things of a 32x32 picture without looking at the caption, 
 then grades the caption: every attribute earns partial credit, and the score is 1 only when all of them are right. All or
 nothing would leave a group of near misses without any signal.
 
-    score = count * (thing credit, mean over the things asked for,  weighted 3 : 1 with  place credit)
-    thing = mean of colour credit and glyph credit
+    score = count * things * (1 + place) / 2          place = 1 where the caption names none
+    things = mean over the things asked for of  colour * glyph          a red circle is not half a blue one
     count = asked / (asked + superfluous)
 
 Glyphs are told apart by correlation with reference masks; the digits among them come from writers the renderer never draws with
@@ -28,7 +28,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from diffusion.types import Prompt, Scores
-from worlds.glyphs import COLORS, GLYPHS, IMAGE_SIZE, Scene, Thing, glyph_masks, parse
+from worlds.glyphs import COLORS, GLYPHS, IMAGE_SIZE, Scene, glyph_masks, parse
 from worlds.glyphs.renderer import place
 
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
@@ -40,10 +40,10 @@ MIN_AREA, MIN_CORE = 8, 0.55
 CROP = 16
 COLOR_TOLERANCE, COLOR_FALLOFF = 0.15, 0.20
 """RGB distance that still counts as right, and the distance beyond it over which the credit falls to 1/e."""
-GLYPH_FALLOFF = 0.10
+GLYPH_FALLOFF = 0.03
 """Lead of the best glyph over the right one, in correlation, over which the credit falls to 1/e."""
-GLYPH_CLARITY = 0.85
-"""Correlation with the right glyph from which it counts as clearly drawn; ground truth lies above."""
+GLYPH_VAGUE, GLYPH_CLEAR = 0.50, 0.86
+"""Correlation with the right glyph up to which nothing, and from which it is clearly drawn; ground truth lies above."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,12 @@ def grade(found: Sequence[Found], scene: Scene) -> float:
 
 
 def _grade_assigned(things: Sequence[Found | None], scene: Scene) -> float:
-    credit = [thing_credit(t, asked) if t else 0.0 for t, asked in zip(things, scene.things, strict=True)]
-    mean = sum(credit) / len(credit)
-    if scene.place is None:
-        return mean
-    seen = [t for t in things if t is not None]
-    return 0.75 * mean + 0.25 * (place_credit(seen, scene.place) if len(seen) == len(things) else 0.0)
-
-
-def thing_credit(found: Found, asked: Thing) -> float:
-    return (color_credit(found.color, asked.color) + glyph_credit(found.glyphs, asked.glyph)) / 2
+    seen = [(thing, asked) for thing, asked in zip(things, scene.things, strict=True) if thing]
+    credit = sum(color_credit(thing.color, asked.color) * glyph_credit(thing.glyphs, asked.glyph) for thing, asked in seen)
+    place = 1.0
+    if scene.place is not None:
+        place = place_credit([thing for thing, _ in seen], scene.place) if len(seen) == len(things) else 0.0
+    return credit / len(things) * (1 + place) / 2
 
 
 def color_credit(color: np.ndarray, name: str) -> float:
@@ -109,9 +105,10 @@ def color_credit(color: np.ndarray, name: str) -> float:
 
 
 def glyph_credit(glyphs: np.ndarray, name: str) -> float:
-    """1 if the named glyph correlates best and clearly; less by the lead of a better one, and by blur."""
+    """1 if the named glyph correlates best and clearly; less by the lead of a better one, and by vagueness."""
     own = glyphs[GLYPHS.index(name)]
-    return float(np.exp((own - glyphs.max()) / GLYPH_FALLOFF) * np.clip(own / GLYPH_CLARITY, 0.0, 1.0))
+    clear = np.clip((own - GLYPH_VAGUE) / (GLYPH_CLEAR - GLYPH_VAGUE), 0.0, 1.0)
+    return float(np.exp((own - glyphs.max()) / GLYPH_FALLOFF) * clear)
 
 
 def place_credit(things: Sequence[Found], name: str) -> float:

@@ -53,9 +53,11 @@ def test_it_is_a_reward_model_with_one_part():
     [
         ("a red circle left of a blue square", 1.0, 1.0),
         ("a blue square right of a red circle", 1.0, 1.0),
-        ("a red circle right of a blue square", 0.74, 0.76),  # all but the place: 3/4
-        ("a green circle left of a blue square", 0.75, 0.90),  # one colour of four attributes
-        ("a green seven left of a yellow cross", 0.2, 0.45),  # the place alone, and what glyphs share
+        ("a red circle right of a blue square", 0.5, 0.5),  # all but the place
+        ("a green circle left of a blue square", 0.5, 0.52),  # one of two things
+        ("a green circle right of a blue square", 0.25, 0.26),  # one of two things, at the wrong place
+        ("a green seven left of a yellow cross", 0.0, 0.02),  # the place alone
+        ("a red square left of a blue square", 0.5, 0.9),  # the other thing's glyph is like the right one
     ],
 )
 def test_partial_credit(shown, low, high):
@@ -70,7 +72,7 @@ def test_nothing_or_too_much_is_punished():
     two = render([parse("a red circle left of a red square")], seed=0)
     assert reward(two, prompt).total.item() == pytest.approx(0.5)
     half = reward(render([parse("a red circle")], seed=0), [Prompt("0", "a red circle left of a blue seven")]).total.item()
-    assert half == pytest.approx(0.375)  # one of two things, no place: 0.75 * 0.5
+    assert half == pytest.approx(0.25)  # one of two things, so no place
 
 
 def test_noise_scores_low():
@@ -103,11 +105,13 @@ def test_no_two_colours_can_both_be_right():
 
 
 def test_glyph_credit():
-    glyphs = np.zeros(len(GLYPHS))
-    glyphs[GLYPHS.index("seven")], glyphs[GLYPHS.index("one")] = 0.9, 0.8
+    glyphs = np.full(len(GLYPHS), 0.4)
+    glyphs[[GLYPHS.index(name) for name in ("seven", "one")]] = 0.90, 0.68
     assert glyph_credit(glyphs, "seven") == 1.0
-    assert glyph_credit(glyphs, "one") == pytest.approx(np.exp(-1) * 0.8 / 0.85)
+    assert glyph_credit(glyphs, "one") == pytest.approx(np.exp(-0.22 / 0.03) * 0.5)  # half way from vague to clear
     assert glyph_credit(glyphs, "circle") == 0.0
+    glyphs[GLYPHS.index("seven")] = 0.77
+    assert glyph_credit(glyphs, "seven") == pytest.approx(0.75)
 
 
 def at(x, y):
