@@ -25,15 +25,29 @@ from diffusion.noise import sample_noise, sample_seed
 from diffusion.ode import integrate, prediction_coefficients
 from diffusion.path import Path, RectifiedFlow, VariancePreserving, combine
 from diffusion.solvers import SOLVERS, History, Node, Predictor, Solver, Step, evaluations
-from diffusion.types import Codec, Condition, Loss, Predict, Prompt, RewardModel, Rollout, Scores, Trajectory
+from diffusion.types import (
+    Codec,
+    Condition,
+    Items,
+    Loss,
+    Objective,
+    Predict,
+    Prompt,
+    RewardModel,
+    Rollout,
+    Scores,
+    Trajectory,
+)
 
 __all__ = [
     "SOLVERS",
     "Codec",
     "Condition",
     "History",
+    "Items",
     "Loss",
     "Node",
+    "Objective",
     "Path",
     "Predict",
     "Predictor",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusion.path import Path
 
 
 @dataclass(frozen=True)
@@ -141,4 +144,42 @@ class RewardModel(Protocol):
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
+        ...
+
+
+class Items(Protocol):
+    """What an objective makes of one step's rollouts: independent rows, which the learner slices into micro-batches."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> Items: ...
+
+
+class Objective(Protocol):
+    """One algorithm: what it wants sampled, and the loss it draws from that.
+
+    It never calls backward or an optimiser, never loops over micro-batches or ranks, never logs.
+    """
+
+    players: Sequence[str]
+    """The parameter sets it trains, in turn: the policy's adapter, and for adversarial methods a critic."""
+    group_size: int
+    """G, samples of one prompt that are scored against each other."""
+    updates: int
+    """U, optimiser steps of each player on one step's items."""
+
+    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The noise one group starts from, [G, *shape] float32, as a function of the group's seed and its members'."""
+        ...
+
+    def record(self, steps: int) -> Sequence[int]:
+        """Which states of an S-step solve it needs, as grid indices 0..S."""
+        ...
+
+    def items(self, rollout: Rollout, scores: Scores, predict: Predict, path: Path, generator: torch.Generator) -> Items:
+        """Whole groups of rollouts with their scores -> independent rows. `generator` is its only source of chance."""
+        ...
+
+    def loss(self, player: str, items: Items, predict: Predict, path: Path) -> Loss:
+        """The mean loss over the rows of a micro-batch."""
         ...
