@@ -1,0 +1,120 @@
+"""The rewards of an experiment by name: found, checked and built.
+
+Light to import: a scorer's file, and with it the scorer's libraries, is imported when its name comes up. Every error is
+a ValueError of one line.
+
+A scorer is a final class that implements `RewardModel` and is constructed from keywords: `label`, by default its name,
+and its knobs. It describes the knobs in a pydantic model `Config` inside the class; a scorer without knobs has none.
+`bounds` is the lowest and the highest score it can give; a scorer that does not state them keeps to [0, 1].
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from rewards.mixture import Mixture
+
+REWARDS = {
+    "brightness": "Brightness",
+    "clip_score": "CLIPScore",
+    "glyph_match": "GlyphMatch",
+    "symmetry": "Symmetry",
+}
+"""{name in an experiment: class in the file of that name}"""
+
+
+class Entry(BaseModel):
+    """What every entry under `rewards.train` and `rewards.heldout` has beside the scorer's own knobs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Which scorer.")
+    label: str = Field("", description="What its curves are called; its name by default. Two rewards of one name need labels.")
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="Its share of the mean; 0 only watches.")
+
+
+class NoKnobs(BaseModel):
+    """The knobs of a scorer that has none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def scorer(name: str) -> Any:
+    """The class of a scorer. Raises ValueError, with the nearest spelling, for a name that is not known."""
+    if name not in REWARDS:
+        raise ValueError(f"reward {name!r} is not known{_allowed(name, REWARDS)}")
+    return getattr(import_module(f"rewards.{name}"), REWARDS[name])
+
+
+def knobs(name: str) -> type[BaseModel]:
+    """The scorer's own keys, with their descriptions, ranges and defaults."""
+    return getattr(scorer(name), "Config", NoKnobs)
+
+
+def resolve(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> list[dict[str, Any]]:
+    """The entries, checked and complete: name, label, weight, then every knob. Loads no weights.
+
+    key: where the entries stand in the experiment, as errors name it.
+    """
+    from rewards.mixture import check_members
+
+    resolved = [_resolve(entry, f"{key}[{i}]") for i, entry in enumerate(entries)]
+    try:
+        check_members([(entry["label"], entry["weight"]) for entry in resolved])
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return resolved
+
+
+def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> Mixture:
+    """The entries' scorers, loaded, in one mixture.
+
+    `weights:` must be a local folder or a hub id by now: what `embedded:NAME` stands for is known to generators alone.
+    """
+    from rewards.mixture import Mixture
+
+    return Mixture([(_build(entry), entry["weight"]) for entry in resolve(entries, key)])
+
+
+def _build(entry: Mapping[str, Any]) -> Any:
+    own = {name: value for name, value in entry.items() if name not in Entry.model_fields}
+    return scorer(entry["name"])(label=entry["label"], **own)
+
+
+def _resolve(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(entry, Mapping) or "name" not in entry:
+        raise ValueError(f"{key} {entry!r} has no name; write for example {{name: {next(iter(REWARDS))}}}")
+    name = entry["name"]
+    if name not in list(REWARDS):  # YAML may put a list there, which no dict can be asked for
+        raise ValueError(f"{key}.name {name!r} is not known{_allowed(name, REWARDS)}")
+    common = {field: entry[field] for field in Entry.model_fields if field in entry}
+    own = {field: value for field, value in entry.items() if field not in common}
+    try:
+        checked = Entry.model_validate(common)
+        checked_own = knobs(name).model_validate(own)
+    except ValidationError as error:
+        raise ValueError(_one_line(error, key, [*Entry.model_fields, *knobs(name).model_fields])) from None
+    return checked.model_dump() | {"label": checked.label or name} | checked_own.model_dump()
+
+
+def _one_line(error: ValidationError, key: str, allowed: Sequence[str]) -> str:
+    """The first of pydantic's complaints."""
+    first = error.errors()[0]
+    where = ".".join([key, *map(str, first["loc"])])
+    if first["type"] == "extra_forbidden":
+        return f"{where} is not known{_allowed(str(first['loc'][-1]), allowed)}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where} {first['input']!r}: {first['msg'].lower()}"
+
+
+def _allowed(word: Any, allowed: Iterable[str]) -> str:
+    names = list(allowed)
+    close = difflib.get_close_matches(str(word), names, n=1)
+    return f"; allowed: {', '.join(names)}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -1,0 +1,175 @@
+"""Prompt sets, and which of their prompts a step draws.
+
+| source                             | one prompt is | its text                        |
+| ---------------------------------- | ------------- | ------------------------------- |
+| `embedded:glyphs/train`            | a line        | the line                        |
+| `FILE.txt`                         | a line        | the line                        |
+| `FILE.jsonl`, `FILE.parquet`       | a line, a row | `text`, or else `prompt`        |
+| `FOLDER`, saved by `save_to_disk`  | a row         | `text`, or else `prompt`        |
+| `hf:[OWNER/]NAME[:SPLIT][:COLUMN]` | a row         | COLUMN, or as above; of `train` |
+
+A column `id` gives the ids, as strings; without it they are the numbers of lines or rows, from 1, which do not change when
+lines are added at the end. All other columns become `meta`. Blank lines are skipped, but counted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion.types import Prompt
+from worlds import glyphs
+
+TEXT_COLUMNS = ("text", "prompt")
+EMBEDDED = {f"glyphs/{name}": name for name in glyphs.PROMPT_SETS}
+
+Rows = Iterable[tuple[int, Mapping[str, Any]]]
+"""The number of a line or row, from 1, and its columns."""
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """The prompts of a source, in its order. See the table above.
+
+    Raises ValueError, naming the source and the line, for a source that cannot be read, is empty, has no text or a repeated id.
+    """
+    rows, columns = _open(source)
+    unit = "line" if source.endswith((".txt", ".jsonl")) else "row"
+    prompts: dict[str, Prompt] = {}
+    for number, row in rows:
+        where = f"prompts {source}, {unit} {number}"
+        prompt = _prompt(number, row, columns, where)
+        if prompt.id in prompts:
+            raise ValueError(f"{where}: an earlier prompt has the id {prompt.id!r} too")
+        prompts[prompt.id] = prompt
+    if not prompts:
+        raise ValueError(f"prompts {source}: there is no prompt in it")
+    return list(prompts.values())
+
+
+def prompts_of_step(prompts: Sequence[Prompt], step: int, number: int, seed: int) -> list[Prompt]:
+    """The prompts of step 1, 2, ...: `number` of an endless sequence that is shuffled anew for every pass through the set.
+
+    A pure function, so there is nothing to save and restore. A prompt may come twice in the step where one pass ends
+    and the next begins.
+    """
+    places = range((step - 1) * number, step * number)
+    passes = {place // len(prompts) for place in places}
+    order = {one: np.random.default_rng([seed, one]).permutation(len(prompts)) for one in passes}
+    return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in places]
+
+
+def _prompt(number: int, row: Mapping[str, Any], columns: Sequence[str], where: str) -> Prompt:
+    column = next((name for name in columns if name in row), None)
+    if column is None:
+        raise ValueError(f"{where}: no {' or '.join(columns)} there; it has {', '.join(row) or 'nothing'}")
+    text, key = row[column], row.get("id", number)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: {column} {text!r} is no text")
+    if not isinstance(key, (str, int)):
+        raise ValueError(f"{where}: id {key!r} is neither a string nor an integer")
+    return Prompt(str(key), text, {name: value for name, value in row.items() if name not in (column, "id")})
+
+
+def _open(source: str) -> tuple[Rows, Sequence[str]]:
+    """A source's rows, and the columns that may hold the text."""
+    if source.startswith("embedded:"):
+        return _embedded(source), TEXT_COLUMNS
+    if source.startswith("hf:"):
+        name, split, column = _hub_source(source)
+        return _hub_dataset(source, name, split), (column,) if column else TEXT_COLUMNS
+    path = Path(source).expanduser()
+    readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
+    if path.is_dir():
+        return _saved_dataset(source, path), TEXT_COLUMNS
+    if path.is_file() and path.suffix in readers:
+        return readers[path.suffix](source, path), TEXT_COLUMNS
+    problem = "not a format that is read here" if path.is_file() else "there is no such file or folder"
+    raise ValueError(
+        f"prompts {source}: {problem}; allowed are {', '.join(readers)} files, a folder written by datasets' save_to_disk, "
+        f"hf:[OWNER/]NAME[:SPLIT][:COLUMN], {', '.join('embedded:' + name for name in EMBEDDED)}"
+    )
+
+
+def _embedded(source: str) -> Rows:
+    name = source.removeprefix("embedded:")
+    if name not in EMBEDDED:
+        close = difflib.get_close_matches(name, EMBEDDED, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"prompts {source} are not embedded here; allowed: {', '.join(EMBEDDED)}{hint}")
+    return [(number, {"text": text}) for number, text in enumerate(glyphs.read_prompts(EMBEDDED[name]), 1)]
+
+
+def _text(source: str, path: Path) -> Rows:
+    return [(number, {"text": line}) for number, line in _lines(source, path)]
+
+
+def _jsonl(source: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in _lines(source, path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"prompts {source}, line {number}: no JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"prompts {source}, line {number}: a JSON object is needed, got {line}")
+        yield number, row
+
+
+def _lines(source: str, path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank; only a line feed ends one, since JSON strings may hold Unicode's other separators."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts {source}: no UTF-8 text: {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _parquet(source: str, path: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"prompts {source}: no Parquet file: {str(error).splitlines()[0]}") from None
+    return enumerate(table.to_pylist(), 1)
+
+
+def _saved_dataset(source: str, path: Path) -> Rows:
+    from datasets import load_from_disk
+
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(child.parent.name for child in path.glob("*/state.json")))
+        raise ValueError(f"prompts {source}: it holds several splits; name the folder of one of them: {splits}")
+    if not (path / "state.json").is_file():
+        raise ValueError(f"prompts {source}: the folder was not written by datasets' save_to_disk")
+    return enumerate(load_from_disk(str(path)), 1)
+
+
+def _hub_source(source: str) -> tuple[str, str, str | None]:
+    name, *rest = source.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise ValueError(f"prompts {source}: allowed is hf:[OWNER/]NAME[:SPLIT][:COLUMN]")
+    split, column = [*rest, "", ""][:2]
+    return name, split or "train", column or None
+
+
+def _hub_dataset(source: str, name: str, split: str) -> Rows:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return enumerate(load_dataset(name, split=split), 1)
+    except DatasetNotFoundError:
+        problem = "not found on the hub; if it is private, log in with `hf auth login`"
+    except ConnectionError:
+        problem = "neither in the cache nor can the hub be reached (no network, or HF_HUB_OFFLINE is set)"
+    except ValueError as error:  # an unknown split, or one of several configurations has to be chosen
+        problem = str(error).splitlines()[0]
+    raise ValueError(f"prompts {source}: {problem}")

@@ -1,0 +1,163 @@
+"""What every scorer owes the run, whatever it measures."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import rewards
+from diffusion.types import Prompt, RewardModel
+from rewards.mixture import RewardError, score
+from worlds.glyphs import parse, read_prompts, render
+
+TEXTS = read_prompts("evaluation")[:6]
+PROMPTS = [Prompt(str(i), text) for i, text in enumerate(TEXTS)]
+ROUNDING = 1e-6
+"""How far a score may move with its neighbours in the batch."""
+
+
+@pytest.fixture(scope="module")
+def build(clip_folder):
+    knobs = {"brightness": {}, "clip_score": {"weights": str(clip_folder)}, "glyph_match": {}, "symmetry": {}}
+    return lambda name, **label: rewards.scorer(name)(**knobs[name], **label)
+
+
+@pytest.fixture(scope="module", params=rewards.REWARDS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reward(build, name):
+    return build(name)
+
+
+@pytest.fixture
+def images():
+    """Half ground truth, half something else, and no pixel at the ends of the range."""
+    pictures = render([parse(text) for text in TEXTS], seed=0)
+    pictures[3:] = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return pictures * 0.9 + 0.05
+
+
+def differentiable(reward):
+    if not reward.differentiable:
+        pytest.skip("not differentiable, and says so")
+
+
+def test_every_file_is_a_scorer_or_shared_by_them():
+    files = {path.stem for path in Path(rewards.__file__).parent.glob("*.py")}
+    assert files == set(rewards.REWARDS) | {"__init__", "registry", "mixture", "weights"}
+
+
+def test_it_keeps_to_the_interface(reward, name, images):
+    assert isinstance(reward, RewardModel)
+    assert reward.label == name
+    scores = score(reward, images, PROMPTS)
+    assert scores.total.shape == (6,)
+    assert scores.total.dtype == torch.float32
+    assert list(scores.parts) == [name]
+    assert torch.equal(scores.parts[name], scores.total)
+    assert scores.total.unique().numel() > 1, "it must tell pictures apart"
+
+
+def test_it_takes_a_label(build, name, images):
+    reward = build(name, label="mine")
+    assert reward.label == "mine"
+    assert list(reward(images, PROMPTS).parts) == ["mine"]
+
+
+def test_the_constructor_takes_the_knobs_and_a_label(name):
+    knobs = rewards.knobs(name)
+    assert knobs.model_config["frozen"]
+    assert knobs.model_config["extra"] == "forbid"
+    assert not set(knobs.model_fields) & set(rewards.Entry.model_fields)
+    assert all(field.description for field in knobs.model_fields.values())
+    taken = dict(inspect.signature(rewards.scorer(name)).parameters)
+    assert taken.pop("label").default == name
+    defaults = {field: value.default for field, value in knobs.model_fields.items() if not value.is_required()}
+    assert set(taken) == set(knobs.model_fields)
+    assert {key: value.default for key, value in taken.items() if value.default is not value.empty} == defaults
+
+
+def test_scores_stay_within_its_bounds(reward, images):
+    low, high = getattr(reward, "bounds", (0.0, 1.0))
+    extremes = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), *images[:4].round()])
+    for pictures in (images, extremes):
+        total = reward(pictures, PROMPTS).total
+        assert (total >= low).all()
+        assert (total <= high).all()
+
+
+def test_it_repeats_itself(reward, images):
+    assert torch.equal(reward(images, PROMPTS).total, reward(images, PROMPTS).total)
+
+
+def test_images_are_not_changed(reward, images):
+    before = images.clone()
+    reward(images, PROMPTS)
+    assert torch.equal(images, before)
+
+
+def test_a_score_does_not_depend_on_the_batch(reward, images):
+    together = reward(images, PROMPTS).total
+    alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]).total for i in range(6)])
+    assert (together - alone).abs().max() <= ROUNDING
+
+
+def test_a_score_does_not_depend_on_its_place(reward, images):
+    order = [4, 0, 5, 1, 3, 2]
+    moved = reward(images[order], [PROMPTS[i] for i in order]).total
+    assert (moved - reward(images, PROMPTS).total[order]).abs().max() <= ROUNDING
+
+
+def test_its_networks_are_frozen_and_in_evaluation_mode(reward):
+    for value in vars(reward).values():
+        if isinstance(value, torch.nn.Module):
+            assert not value.training
+            assert not any(module.training for module in value.modules())
+            assert not any(parameter.requires_grad for parameter in value.parameters())
+
+
+def test_pictures_with_nan_are_refused(reward, images):
+    images[2, 1, 3, 3] = torch.nan
+    with pytest.raises(RewardError, match=f"^reward {reward.label} .* nan .* {TEXTS[2]!r}"):
+        score(reward, images, PROMPTS)
+
+
+def test_no_gradient_leaks(reward, images):
+    if not reward.differentiable:
+        assert not reward(images.requires_grad_(), PROMPTS).total.requires_grad
+    with torch.no_grad():
+        assert not reward(images.requires_grad_(), PROMPTS).total.requires_grad
+
+
+@pytest.fixture
+def noise():
+    """Pictures without two equal pixels, away from the kinks of absolute values."""
+    return (torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.05).requires_grad_()
+
+
+def test_the_gradient_reaches_every_pixel(reward, noise):
+    differentiable(reward)
+    (gradient,) = torch.autograd.grad(reward(noise, PROMPTS).total.sum(), noise)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).all()
+
+
+def test_a_picture_s_gradient_is_its_own(reward, noise):
+    differentiable(reward)
+    (gradient,) = torch.autograd.grad(reward(noise, PROMPTS).total[1], noise)
+    assert gradient[1].abs().max() > 0
+    assert gradient[[0, 2, 3, 4, 5]].abs().max() == 0
+
+
+def test_the_gradient_is_the_slope(reward, noise):
+    """Central differences along the gradient, within 1 %: float32 leaves no more to steps that stay clear of kinks."""
+    differentiable(reward)
+    (gradient,) = torch.autograd.grad(reward(noise, PROMPTS).total.sum(), noise)
+    step = 1e-4 * gradient / gradient.abs().amax((1, 2, 3), keepdim=True)
+    with torch.no_grad():
+        measured = (reward(noise + step, PROMPTS).total - reward(noise - step, PROMPTS).total) / 2
+    assert measured == pytest.approx((gradient * step).sum((1, 2, 3)), rel=0.01)

@@ -1,0 +1,148 @@
+import pickle
+
+import pytest
+import torch
+
+from diffusion.types import Prompt, RewardModel, Scores
+from rewards.brightness import Brightness
+from rewards.mixture import Mixture, RewardError, score
+from rewards.symmetry import Symmetry
+
+PROMPTS = [Prompt("1", "a red circle"), Prompt("2", "a blue seven")]
+
+
+class Says:
+    """A scorer that gives the same answer to everything."""
+
+    differentiable = False
+
+    def __init__(self, answer, label="says"):
+        self.label = label
+        self.answer = answer
+
+    def __call__(self, images, prompts):
+        return Scores(self.answer, {self.label: self.answer})
+
+
+class Best:
+    """1 - mean pixel: differentiable or not, as told, in either case with a gradient."""
+
+    def __init__(self, differentiable, label):
+        self.label = label
+        self.differentiable = differentiable
+
+    def __call__(self, images, prompts):
+        total = 1 - images.mean((1, 2, 3))
+        return Scores(total, {self.label: total})
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_total_is_the_weighted_mean_and_the_parts_are_raw(images):
+    first, second = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5])
+    mixture = Mixture([(Says(first, "first"), 1.0), (Says(second, "second"), 3.0)])
+    scores = mixture(images, PROMPTS)
+    assert scores.total.tolist() == [0.75, 0.625]
+    assert scores.total.dtype == torch.float32
+    assert {label: part.tolist() for label, part in scores.parts.items()} == {"first": [0, 1], "second": [1, 0.5]}
+
+
+def test_a_mixture_of_one_is_that_one(images):
+    mixture = Mixture([(Brightness(), 0.3)])
+    assert torch.equal(mixture(images, PROMPTS).total, Brightness()(images, PROMPTS).total)
+
+
+def test_it_is_a_reward_model_and_can_be_mixed_again(images):
+    inner = Mixture([(Brightness(), 1), (Symmetry(), 1)], label="look")
+    outer = Mixture([(inner, 1), (Says(torch.zeros(2)), 1)])
+    assert isinstance(outer, RewardModel)
+    scores = score(outer, images, PROMPTS)
+    assert list(scores.parts) == ["look", "says"]
+    assert torch.equal(scores.total, inner(images, PROMPTS).total / 2)
+
+
+def test_weight_zero_is_watched_and_has_no_say(images):
+    mixture = Mixture([(Brightness(), 1.0), (Best(True, "watched"), 0.0)])
+    scores = mixture(images.requires_grad_(), PROMPTS)
+    assert torch.equal(scores.total, Brightness()(images, PROMPTS).total)
+    assert not scores.parts["watched"].requires_grad
+    assert mixture.differentiable
+
+
+def test_differentiable_if_all_with_a_say_are():
+    yes, no = Best(True, "yes"), Best(False, "no")
+    assert Mixture([(yes, 1.0)]).differentiable
+    assert Mixture([(yes, 1.0), (no, 0.0)]).differentiable
+    assert not Mixture([(yes, 1.0), (no, 1.0)]).differentiable
+
+
+def test_the_gradient_comes_from_the_differentiable_parts_alone(images):
+    images.requires_grad_()
+    mixture = Mixture([(Brightness(), 1.0), (Best(False, "no"), 3.0)])
+    (gradient,) = torch.autograd.grad(mixture(images, PROMPTS).total.sum(), images)
+    (alone,) = torch.autograd.grad(Brightness()(images, PROMPTS).total.sum(), images)
+    assert torch.allclose(gradient, alone / 4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_score_that_is_no_number_stops_the_run(images, value):
+    answer = torch.tensor([0.5, value])
+    with pytest.raises(RewardError, match=f"^reward says gave the score {value} for the prompt 'a blue seven'$"):
+        Mixture([(Brightness(), 1.0), (Says(answer), 1.0)])(images, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (torch.zeros(2, 1), r"float32 \[2, 1\]"),
+        (torch.zeros(3), r"float32 \[3\]"),
+        (torch.tensor(0.0), r"float32 \[\]"),
+        (torch.zeros(2, dtype=torch.float64), r"float64 \[2\]"),
+        (torch.zeros(2, dtype=torch.int64), r"int64 \[2\]"),
+    ],
+)
+def test_scores_of_another_shape_or_dtype_stop_the_run(images, answer, kind):
+    said = f"^reward says gave scores {kind} for 2 prompts \\(the first is 'a red circle'\\); they must be float32 \\[2\\]$"
+    with pytest.raises(RewardError, match=said):
+        score(Says(answer), images, PROMPTS)
+
+
+def test_pictures_that_are_none_stop_the_run(images):
+    reward = Brightness()
+    for wrong, kind in [
+        (images[:1], r"float32 \[1, 3, 4, 4\] for 2 prompts \(the first is 'a red circle'\)"),
+        (images[:, :1], r"float32 \[2, 1, 4, 4\]"),
+        (images[0], r"float32 \[3, 4, 4\]"),
+        (images.double(), r"float64 \[2, 3, 4, 4\]"),
+        ((images * 255).to(torch.uint8), r"uint8 \[2, 3, 4, 4\]"),
+    ]:
+        with pytest.raises(RewardError, match=f"^reward brightness got images {kind}.*; it takes float32"):
+            score(reward, wrong, PROMPTS)
+    images[1, 0] = -0.5
+    with pytest.raises(RewardError, match=r"values from -0.5 to 0.\d+ for the prompt 'a blue seven'; it takes \[0, 1\]$"):
+        score(reward, images, PROMPTS)
+
+
+def test_the_error_travels_between_processes():
+    error = pickle.loads(pickle.dumps(RewardError("reward x gave the score nan")))
+    assert (type(error), str(error)) == (RewardError, "reward x gave the score nan")
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([], "there is no reward"),
+        ([(Brightness(), 1), (Brightness(), 1)], "2 rewards are called 'brightness'; give each of them a label"),
+        ([(Brightness("total"), 1)], "label 'total' is not allowed; allowed are letters"),
+        ([(Brightness("a/b"), 1)], "label 'a/b' is not allowed"),
+        ([(Brightness(), 0)], "at least one must be positive"),
+        ([(Brightness(), 2), (Symmetry(), -1)], "none may be negative"),
+        ([(Brightness(), float("nan"))], "none may be negative"),
+    ],
+)
+def test_members_that_make_no_mixture(members, said):
+    with pytest.raises(ValueError, match=said):
+        Mixture(members)

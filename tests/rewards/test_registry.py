@@ -1,0 +1,86 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rewards
+from diffusion.types import Prompt
+from worlds.glyphs import parse, render
+
+
+def refused(*entries) -> str:
+    with pytest.raises(ValueError, match=r"^rewards\.train") as error:
+        rewards.resolve(entries, "rewards.train")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_entries_are_completed():
+    resolved = rewards.resolve([{"name": "glyph_match"}, {"name": "clip_score", "weights": "w", "label": "clip", "weight": 2}])
+    assert resolved == [
+        {"name": "glyph_match", "label": "glyph_match", "weight": 1.0},
+        {"name": "clip_score", "label": "clip", "weight": 2.0, "weights": "w", "micro_batch": 8},
+    ]
+    assert rewards.resolve(resolved) == resolved
+
+
+def test_from_entries_to_scores(clip_folder):
+    mixture = rewards.build([{"name": "glyph_match"}, {"name": "clip_score", "weights": str(clip_folder), "weight": 3}])
+    text = "a red circle"
+    scores = mixture(render([parse(text)], seed=0), [Prompt("1", text)])
+    assert list(scores.parts) == ["glyph_match", "clip_score"]
+    assert torch.allclose(scores.total, (scores.parts["glyph_match"] + 3 * scores.parts["clip_score"]) / 4)
+    assert not mixture.differentiable
+
+
+def test_unknown_names():
+    expected = "rewards.train[1].name 'clipscore' is not known; allowed: brightness, clip_score, glyph_match, symmetry; "
+    assert refused({"name": "brightness"}, {"name": "clipscore"}) == expected + "did you mean 'clip_score'?"
+    with pytest.raises(ValueError, match=r"reward 'brightnes' is not known; .* did you mean 'brightness'"):
+        rewards.scorer("brightnes")
+    assert "[0].name ['x'] is not known" in refused({"name": ["x"]})
+
+
+def test_entries_without_a_name():
+    assert "rewards.train[0] 'brightness' has no name; write for example {name: brightness}" in refused("brightness")
+    assert "rewards.train[0] {'label': 'x'} has no name" in refused({"label": "x"})
+
+
+def test_wrong_knobs():
+    said = refused({"name": "clip_score", "weigths": "x"})
+    assert said == "rewards.train[0].weights is missing"
+    said = refused({"name": "clip_score", "weights": "x", "microbatch": 3})
+    assert said.startswith(
+        "rewards.train[0].microbatch is not known; allowed: name, label, weight, weights, micro_batch; did you"
+    )
+    assert "[0].micro_batch 0: input should be greater than or equal to 1" in refused(
+        {"name": "clip_score", "weights": "x", "micro_batch": 0}
+    )
+    assert "[0].weights is not known; allowed: name, label, weight; did you mean 'weight'?" in refused(
+        {"name": "brightness", "weights": "x"}
+    )
+    assert "[0].weight -1: input should be greater than or equal to 0" in refused({"name": "brightness", "weight": -1})
+
+
+def test_two_rewards_of_one_name_need_labels():
+    assert refused({"name": "brightness"}, {"name": "brightness"}) == (
+        "rewards.train: 2 rewards are called 'brightness'; give each of them a label of its own"
+    )
+    rewards.resolve([{"name": "brightness"}, {"name": "brightness", "label": "again"}])
+
+
+def test_no_rewards():
+    assert refused() == "rewards.train: there is no reward; at least one is needed"
+
+
+def test_importing_the_package_and_the_scorers_is_light():
+    def imported(code: str) -> str:
+        watched = {"torch", "transformers", "huggingface_hub"}
+        code = f"import sys, rewards; {code}; print(sorted({watched} & set(sys.modules)))"
+        root = Path(__file__).parents[2]
+        return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+
+    assert imported("rewards.scorer") == "[]\n"
+    assert imported("[rewards.knobs(name) for name in rewards.REWARDS]") == "['torch']\n"

@@ -1,0 +1,211 @@
+"""The worker on a flow whose every solution is known, and bit for bit on a small random pipeline."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from diffusion import SOLVERS, Condition, Prompt, RectifiedFlow, sample_noise, sample_seed
+from generators.glyphs import networks
+from generators.sd3 import SD3Generator
+from rollouts import Group, RolloutWorker, seed_groups
+
+PROMPTS = [Prompt("a", "one"), Prompt("b", "three"), Prompt("c", "a longer one")]
+SPREAD = 0.5
+SHAPE = (3, 2, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small lose up to 200 times their own time to threads that wait for a busy core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class GaussianFlow:
+    """Data around the length of the prompt with a spread of 1/2, so noise n ends at length + n / 2; the policy is 1 higher."""
+
+    path = RectifiedFlow()
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.encoded, self.rows = [], 0
+        self.weight = torch.ones(1, requires_grad=True)
+
+    def __call__(self, x, t, condition, adapter):
+        self.rows += len(x)
+        mean = condition.tensors["mean"][:, None, None, None] + (1 if adapter == "policy" else 0)
+        t = t.to(x.dtype)
+        away = (x - (1 - t) * mean) / ((1 - t) ** 2 * SPREAD**2 + t**2)
+        return self.weight * (t * away - mean - (1 - t) * SPREAD**2 * away)
+
+    def encode(self, prompts):
+        self.encoded.append(list(prompts))
+        return Condition({"mean": torch.tensor([float(len(text)) for text in prompts])})
+
+    def decode(self, latents):
+        return latents.sigmoid()
+
+
+@pytest.fixture
+def flow():
+    return GaussianFlow()
+
+
+def worker(generator, steps=8, **options):
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    settings = {"solver": SOLVERS["heun"], "grid": grid, "shape": SHAPE, "micro_batch": 4} | options
+    return RolloutWorker(generator, **settings)
+
+
+def groups(size=3):
+    return seed_groups(PROMPTS, size, run_seed=7, iteration=2)
+
+
+def ends(rollout):
+    return rollout.trajectory.x[:, -1]
+
+
+def lengths(size=3, plus=0.0):
+    return torch.tensor([len(p.text) + plus for p in PROMPTS]).repeat_interleave(size)[:, None, None, None]
+
+
+def test_seeds_are_hashes_of_run_iteration_prompt_and_place():
+    for group, prompt in zip(groups(), PROMPTS, strict=True):
+        assert group.prompt is prompt
+        assert group.seeds == [sample_seed(7, 2, prompt.id, i) for i in range(3)]
+        assert group.seed == sample_seed(7, 2, prompt.id, -1)
+
+
+def test_a_prompt_that_comes_twice_gets_other_seeds():
+    twice = seed_groups([PROMPTS[0], PROMPTS[1], PROMPTS[0]], 2, 0, 1)
+    assert len({seed for group in twice for seed in (group.seed, *group.seeds)}) == 9
+    assert twice[:2] == seed_groups(PROMPTS[:2], 2, 0, 1)
+
+
+def test_noise_goes_where_the_flow_takes_it(flow):
+    rollout = worker(flow, steps=64).draw(groups())
+    noise = sample_noise(rollout.seeds, SHAPE)
+    assert torch.allclose(ends(rollout), lengths() + SPREAD * noise, atol=5e-3)
+    assert torch.equal(rollout.images, flow.decode(ends(rollout)))
+
+
+def test_what_is_in_a_rollout(flow):
+    drawn = [Group(PROMPTS[1], 5, [1, 2]), Group(PROMPTS[0], 6, [3]), Group(PROMPTS[2], 7, [4, 8, 9])]
+    rollout = worker(flow).draw(drawn)
+    assert [prompt.id for prompt in rollout.prompts] == ["b", "b", "a", "c", "c", "c"]
+    assert rollout.group.tolist() == [0, 0, 1, 2, 2, 2]
+    assert rollout.seeds.tolist() == [1, 2, 3, 4, 8, 9]
+    assert rollout.condition.tensors["mean"].tolist() == [5, 5, 3, 12, 12, 12]
+    assert rollout.trajectory.x.shape == (6, 1, *SHAPE)
+    assert rollout.trajectory.t.tolist() == [0]
+    assert rollout.images.shape == (6, 3, 2, 2)
+    assert rollout.policy_version is None
+    assert flow.encoded == [["three", "one", "a longer one"]], "every prompt is encoded once"
+
+
+def test_the_policy_and_the_teacher(flow):
+    teacher, policy = worker(flow).draw(groups()), worker(flow).draw(groups(), adapter="policy", version=3)
+    assert policy.policy_version == 3
+    assert torch.equal(policy.seeds, teacher.seeds)
+    assert torch.allclose(ends(policy) - ends(teacher), torch.ones(9, *SHAPE), atol=1e-5)
+    with pytest.raises(AssertionError):
+        worker(flow).draw(groups(), adapter="policy")
+
+
+def test_no_gradient(flow):
+    rollout = worker(flow).draw(groups())
+    assert not rollout.images.requires_grad
+    assert not rollout.trajectory.x.requires_grad
+    assert not rollout.images.is_inference(), "the learner puts these states into a graph"
+
+
+@pytest.mark.parametrize("record", [[0, 3, 8], [8], [5, 2], range(9), [0]])
+def test_the_states_asked_for_and_no_others(flow, record):
+    rollout = worker(flow, record=record).draw(groups())
+    whole = worker(flow, record=range(9)).draw(groups())
+    assert rollout.trajectory.t.tolist() == [1 - i / 8 for i in sorted(record)]
+    assert torch.equal(rollout.trajectory.x, whole.trajectory.x[:, sorted(record)])
+    assert torch.equal(rollout.images, whole.images)
+    assert torch.equal(whole.trajectory.x[:, 0], sample_noise(whole.seeds, SHAPE))
+
+
+def test_the_objective_chooses_the_noise_of_a_whole_group(flow):
+    asked = []
+
+    def shared(seed, seeds, shape):
+        asked.append((seed, list(seeds)))
+        return sample_noise([seed] * len(seeds), shape)
+
+    rollout = worker(flow, initial_noise=shared).draw(groups())
+    assert asked == [(group.seed, group.seeds) for group in groups()]
+    by_group = ends(rollout).unflatten(0, (3, 3))
+    assert torch.equal(by_group, by_group[:, :1].expand_as(by_group))
+
+
+def test_guidance_leads_away_from_the_negative_prompt(flow):
+    """The velocity is linear in the mean, so guidance 3 away from a mean of 2 is a mean of 2 + 3 (length - 2)."""
+    guided = worker(flow, steps=64, guidance=3.0, negative="no").draw(groups())
+    expected = 2 + 3 * (lengths() - 2) + SPREAD * sample_noise(guided.seeds, SHAPE)
+    assert torch.allclose(ends(guided), expected, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("solver", "guidance", "nfe"), [("euler", 1.0, 8), ("heun", 1.0, 15), ("dpmpp_2m", 4.0, 16), ("heun", 4.0, 30)]
+)
+def test_network_evaluations(flow, solver, guidance, nfe):
+    drawer = worker(flow, solver=SOLVERS[solver], guidance=guidance)
+    assert drawer.nfe == nfe
+    drawer.draw(groups(size=4))  # 12 samples are three full batches of 4
+    assert flow.rows == 12 * nfe
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    """The glyph world's own networks with random weights, larger than diffusers' first ones, so that everything matters."""
+    torch.manual_seed(0)
+    tokenizer = networks.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    pipeline = StableDiffusion3Pipeline(
+        transformer=networks.new_transformer(),
+        scheduler=networks.new_scheduler(),
+        vae=networks.new_vae(),
+        text_encoder=networks.new_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=networks.new_text_encoder(tokenizer),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    for network in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+        for parameter in network.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.8 * parameter.shape[1] ** -0.5)
+    pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    return SD3Generator(pipeline, max_sequence_length=0)
+
+
+def sd3_worker(sd3, **options):
+    grid, shape = sd3.time_grid(3), sd3.latent_shape()
+    return RolloutWorker(sd3, solver=SOLVERS["dpmpp_2m"], grid=grid, shape=shape, record=range(4), **options)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("micro_batch", [1, 4, 16])
+def test_a_group_is_the_same_to_the_last_bit_whatever_else_is_drawn(sd3, micro_batch, guidance):
+    drawer = sd3_worker(sd3, micro_batch=micro_batch, guidance=guidance)
+    prompts = [Prompt(str(i), text) for i, text in enumerate(["a red circle", "a blue seven", "", "a white cross at the top"])]
+    drawn = seed_groups(prompts, 3, 0, 1)
+    together = drawer.draw(drawn)
+    assert (together.images[0] - together.images[3]).abs().max() > 0.01
+    for order in ([0], [2], [3, 1], [1, 2, 3, 0]):
+        some = drawer.draw([drawn[i] for i in order])
+        rows = [row for i in order for row in range(3 * i, 3 * i + 3)]
+        assert torch.equal(some.images, together.images[rows])
+        assert torch.equal(some.trajectory.x, together.trajectory.x[rows])
+
+
+def test_another_micro_batch_gives_the_same_up_to_rounding(sd3):
+    drawn = seed_groups([Prompt("1", "a red circle"), Prompt("2", "a blue seven")], 3, 0, 1)
+    small, large = (sd3_worker(sd3, micro_batch=m).draw(drawn) for m in (1, 8))
+    assert torch.allclose(small.images, large.images, atol=1e-4)
