@@ -1,0 +1,166 @@
+"""The command line. Light: every verb imports what it needs when it is called.
+
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong (one line says what), 130 and 143 stopped by a signal, checkpointed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="Align and distil diffusion and flow-matching generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunDir = Annotated[Path, typer.Argument(help="a run's folder")]
+
+
+def main() -> NoReturn:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        if _is_input_error(error):
+            print(f"odeon: {error}", file=sys.stderr)
+            sys.exit(2)
+        raise
+    sys.exit(0)
+
+
+def _is_input_error(error: ValueError) -> bool:
+    from runtime.config import InputError
+
+    return isinstance(error, InputError)
+
+
+@app.command()
+def launch(
+    experiment: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in run.steps=20")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; runs/<name> unless given")] = None,
+    executor: Annotated[str, typer.Option(help="ray: a process for each role; inline: everything in this one")] = "ray",
+    ray: Annotated[
+        str, typer.Option(envvar="RAY_ADDRESS", help="local: an own cluster; auto or an address: join one; RAY_ADDRESS if set")
+    ] = "local",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the whole experiment, run nothing")
+    ] = False,
+) -> None:
+    """Run an experiment, or go on with the one in its folder."""
+    from runtime.launch import launch_experiment
+
+    if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run):
+        raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(help="runs' folders")],
+    metric: Annotated[str | None, typer.Option(help="this one only")] = None,
+    x: Annotated[str, typer.Option(help="step, seconds or nfe")] = "step",
+    out: Annotated[Path | None, typer.Option(help="an interactive page")] = None,
+) -> None:
+    """A table of runs, and a page with their curves."""
+    from runtime.compare import AXES, print_table, read_runs, write_report
+    from runtime.config import InputError, nearest
+
+    if x not in AXES:
+        raise InputError(f"--x {x!r}: is not known{nearest(x, AXES)}")
+    runs = read_runs(run_dirs)
+    keys = {key for lines in runs.values() for line in lines for key in line}
+    if metric is not None and metric not in keys:
+        raise InputError(f"--metric {metric!r}: is in none of the runs{nearest(metric, keys)}")
+    print_table(runs)
+    if out is not None:
+        write_report(runs, out, x, metric)
+        print(f"wrote {out}")
+
+
+@app.command()
+def sample(
+    run_dir: RunDir,
+    prompt: Annotated[str, typer.Option(help="what to draw")],
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    steps: Annotated[int | None, typer.Option(help="solver steps; the experiment's unless given")] = None,
+    base: Annotated[bool, typer.Option("--base", help="the frozen teacher instead of the trained adapter")] = False,
+    out: Annotated[Path, typer.Option(help="a PNG file")] = Path("sample.png"),
+) -> None:
+    """Draw one picture."""
+    from runtime.trained import draw_one
+
+    draw_one(run_dir, prompt, seed, steps, base, out)
+    print(f"wrote {out}")
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    prompts: Annotated[str | None, typer.Option(help="a prompt set; the experiment's held-out one unless given")] = None,
+    rewards: Annotated[list[str] | None, typer.Option(help="more rewards by name")] = None,
+    steps: Annotated[int | None, typer.Option(help="solver steps")] = None,
+    solver: Annotated[str | None, typer.Option(help="solver")] = None,
+) -> None:
+    """Score the trained adapter and the teacher on the same noise."""
+    from runtime.trained import evaluate_run
+
+    _table(evaluate_run(run_dir, prompts, rewards or [], steps, solver))
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    format: Annotated[str, typer.Option(help="diffusers")] = "diffusers",
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; the newest unless given")] = None,
+    out: Annotated[Path | None, typer.Option(help="a folder; RUN_DIR/export/FORMAT unless given")] = None,
+) -> None:
+    """Write the trained adapter for other programs, after proving that they read it right."""
+    from runtime.trained import export_run
+
+    print(f"wrote {export_run(run_dir, format, step, out)}")
+
+
+@app.command()
+def rewards() -> None:
+    """The rewards that can be named in an experiment."""
+    from runtime.trained import reward_table
+
+    _table(reward_table())
+
+
+@app.command()
+def describe(name: Annotated[str, typer.Argument(help="an algorithm or a reward")]) -> None:
+    """What an algorithm or a reward is, and its knobs."""
+    from runtime.trained import description
+
+    print(description(name))
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of an experiment, for editors."""
+    from runtime.config import Experiment
+
+    print(json.dumps(Experiment.model_json_schema(), indent=2))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*[str(value) for value in row.values()])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""`odeon launch`: from a YAML file to a run that is done, with everything checked before anything heavy starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from diffusion import Prompt
+from generators import resolve, weights_hash
+from rewards import scorer
+from rollouts.prompts import read_prompts
+from runtime.config import Experiment, InputError, nearest, read_experiment
+from runtime.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from runtime.executor import Executor
+
+EXECUTORS = ("inline", "ray")
+
+
+def launch_experiment(
+    file: Path, overrides: Sequence[str], run_dir: Path | None, executor: str, address: str, dry_run: bool
+) -> int:
+    """The exit code: 0, or 128 + the signal that stopped the run."""
+    if executor not in EXECUTORS:
+        raise InputError(f"--executor {executor!r}: is not known{nearest(executor, EXECUTORS)}")
+    experiment = read_experiment(file, overrides)
+    train, heldout = check_inputs(experiment)
+    if dry_run:
+        print(plan(experiment))
+        return 0
+    from runtime.environment import environment
+    from runtime.loop import run
+
+    folder = RunFolder(run_dir if run_dir is not None else Path("runs") / experiment.name)
+    with folder.locked():
+        folder.claim(experiment)
+        weights = {
+            experiment.generator.weights: weights_hash(resolve(experiment.generator.weights, experiment.generator.family))
+        }
+        (folder.path / "environment.json").write_text(json.dumps(environment(weights), indent=2))
+        roles = new_executor(experiment, executor, address)
+        try:
+            stopped = run(experiment, folder, roles, train, heldout, reporter(experiment.run.steps))
+        finally:
+            roles.close()
+    return 0 if stopped is None else 128 + stopped
+
+
+def new_executor(experiment: Experiment, kind: str, address: str) -> Executor:
+    if kind == "inline":
+        from runtime.executor import InlineExecutor
+
+        return InlineExecutor(experiment)
+    from runtime.remote import RayExecutor
+
+    return RayExecutor(experiment, address)
+
+
+def check_inputs(experiment: Experiment) -> tuple[list[Prompt], list[Prompt]]:
+    """The two prompt sets, after everything else that can be found wrong without loading a network was looked at."""
+    try:
+        resolve(experiment.generator.weights, experiment.generator.family)
+        for entry in (*experiment.rewards.train, *experiment.rewards.heldout):
+            scorer(entry["name"])
+        train, heldout = read_prompts(experiment.prompts.train), read_prompts(experiment.prompts.heldout)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if both := {prompt.text for prompt in train} & {prompt.text for prompt in heldout}:
+        print(f"odeon: {len(both)} prompts are in prompts.train and prompts.heldout, e.g. {min(both)!r}", file=sys.stderr)
+    trained = {entry["label"] for entry in experiment.rewards.train}
+    if not {entry["label"] for entry in experiment.rewards.heldout} - trained:
+        print("odeon: every held-out reward is trained; nothing watches for reward hacking", file=sys.stderr)
+    return train, heldout
+
+
+def plan(experiment: Experiment) -> str:
+    """The whole experiment, and what one step of it asks of the network."""
+    from diffusion import SOLVERS, guidance_evaluations
+
+    rollouts, objective = experiment.rollouts, experiment.objective
+    images = rollouts.groups_per_step * objective.group_size
+    factor = guidance_evaluations(experiment.generator.guidance)
+    most = images * SOLVERS[rollouts.solver].evaluations * rollouts.steps * factor
+    text = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return f"{text}\n# one step: {images} images, at most {most:,} network evaluations of rollouts"
+
+
+def reporter(steps: int) -> Callable[[Mapping[str, Any]], None]:
+    """A progress bar in a terminal, a plain line a step elsewhere."""
+    started, first = time.monotonic(), [0]
+
+    def text(line: Mapping[str, Any]) -> str:
+        first[0] = first[0] or line["step"]
+        left = (time.monotonic() - started) / (line["step"] - first[0] + 1) * (steps - line["step"])
+        heldout = f"  held-out {line['heldout/total']:.3f}" if "heldout/total" in line else ""
+        return f"step {line['step']}/{steps}  reward {line['reward/total']:.3f}{heldout}  {left:.0f} s left"
+
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return lambda line: print(text(line), flush=True)
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console()
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console)
+    task = bar.add_task("", total=steps)
+    bar.start()
+
+    def show(line: Mapping[str, Any]) -> None:
+        if "heldout/total" in line:
+            console.print(text(line))
+        bar.update(task, completed=line["step"], description=text(line))
+        if line["step"] == steps:
+            bar.stop()
+
+    return show

@@ -1,0 +1,266 @@
+"""The roles as Ray actors. The only file that imports ray.
+
+The loop's process, the controller, owns every reference and creates every actor, so that all end with it. It holds figures and
+references, never pictures or latents. Workers that die are restarted by Ray, but their calls are made again here, not by Ray:
+a restarted worker has forgotten the policy, and Ray's own retry would sample from it without a word. So every call carries the
+version it wants and where to get it, and the same groups and seeds give the same result wherever and how often they are drawn.
+
+The learner is not restarted. When it dies the run fails, and the same command goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayActorError
+from torch import Tensor
+
+from rollouts.worker import Group
+from runtime.config import Experiment, InputError
+from runtime.executor import Batch, figures
+from runtime.roles import Evaluated, Sampler, Trainer
+
+ATTEMPTS = 4
+"""How often a call is made before the run fails: a death a minute is bad luck, four in a row are a bug."""
+BACK_OFF = 1.0
+"""Seconds before the second attempt, doubled before each further one; a restarting worker refuses calls."""
+
+
+class SamplerActor:
+    """A Sampler that knows which version of the policy it holds."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        _quiet()
+        self._sampler = Sampler(experiment)
+        self._version: int | None = None
+
+    def _hold(self, version: int, weights: Sequence[ray.ObjectRef]) -> None:
+        if self._version != version:
+            self._sampler.write(from_store(ray.get(weights[0])))
+            self._version = version
+
+    def sample(self, groups: Sequence[Group], version: int, weights: Sequence[ray.ObjectRef]) -> tuple[Any, Any]:
+        """(figures, payload), two objects: the controller reads the first and passes on the second."""
+        self._hold(version, weights)
+        sampled = self._sampler.sample(groups, version)
+        return figures(sampled), to_store(sampled)
+
+    def evaluate(self, groups: Sequence[Group], adapter: str | None, version: int, weights: Sequence[ray.ObjectRef]) -> Any:
+        self._hold(version, weights)
+        return to_store(self._sampler.evaluate(groups, adapter))
+
+    def units(self) -> dict[str, int]:
+        return self._sampler.units
+
+    def process(self) -> int:
+        return os.getpid()
+
+
+class TrainerActor:
+    def __init__(self, experiment: Experiment) -> None:
+        _quiet()
+        self._trainer = Trainer(experiment)
+
+    def update(self, step: int, *sampled: Any) -> dict[str, float]:
+        return self._trainer.update(step, [from_store(part) for part in sampled])
+
+    def read(self) -> Any:
+        return to_store(self._trainer.read())
+
+    def network_evaluations(self) -> tuple[int, int]:
+        return self._trainer.counted.with_gradient, self._trainer.counted.without
+
+    def save(self, folder: Path) -> None:
+        self._trainer.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._trainer.learner.load(folder)
+
+
+class RayExecutor:
+    """One learner and `rollouts.workers` samplers, each in a process of its own."""
+
+    def __init__(self, experiment: Experiment, address: str = "local") -> None:
+        """address: "local" starts a cluster that ends with this process; "auto" or an address joins one."""
+        self.experiment = experiment
+        workers = experiment.rollouts.workers
+        connect(address, processes=workers + 1)
+        gpus = 1 if experiment.run.device.startswith("cuda") or (experiment.run.device == "auto" and _cluster_gpus()) else 0
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+        _check_room(workers + 1, gpus)
+        # Handles are Any: their methods come into being at run time.
+        self._trainer: Any = ray.remote(**options)(TrainerActor).remote(experiment)
+        sampler: Any = ray.remote(**options, max_restarts=-1, max_task_retries=0)(SamplerActor)
+        self._samplers: list[Any] = [sampler.remote(experiment) for _ in range(workers)]
+        self._version = -1
+        self._weights: Any = None
+        self._units = ray.get([sampler.units.remote() for sampler in self._samplers])[0]
+        self.network_evaluations()
+
+    def sample(self, groups: Sequence[Group], version: int) -> Batch:
+        assert version == self._version, "on-policy: what is sampled was just published"
+        parts = split(groups, len(self._samplers), self._units["training"])
+        results = self._on_samplers("sample", [(part, version, [self._weights]) for part in parts], returns=2)
+        return joined_batch(ray.get([seen for seen, _ in results]), [payload for _, payload in results])
+
+    def update(self, step: int, batch: Batch) -> dict[str, float]:
+        return ray.get(self._trainer.update.remote(step, *batch.payload))
+
+    def publish(self, version: int) -> None:
+        # Returned by the learner, not put by it, so that the controller owns it and it outlives the learner.
+        self._version, self._weights = version, self._trainer.read.remote()
+
+    def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
+        parts = split(groups, len(self._samplers), self._units["evaluation"])
+        results = self._on_samplers("evaluate", [(part, adapter, self._version, [self._weights]) for part in parts], returns=1)
+        return joined_evaluated([from_store(part) for part in ray.get(results)], [len(part) for part in parts])
+
+    def _on_samplers(self, method: str, calls: Sequence[tuple[Any, ...]], returns: int) -> list[Any]:
+        """One call a sampler; those whose sampler died are made again on the next one. References, in the calls' order."""
+        done: dict[int, Any] = {}
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(BACK_OFF * 2 ** (attempt - 1))
+            pending = {}
+            for i, call in enumerate(calls):
+                if i not in done:
+                    sampler = self._samplers[(i + attempt) % len(self._samplers)]
+                    pending[i] = getattr(sampler, method).options(num_returns=returns).remote(*call)
+            for i, reference in pending.items():
+                try:
+                    ray.get(reference[0] if returns == 2 else reference)
+                    done[i] = reference
+                except RayActorError as error:
+                    last = error
+            if len(done) == len(calls):
+                return [done[i] for i in range(len(calls))]
+        raise RuntimeError(f"rollout workers died {ATTEMPTS} times in a row on the same groups") from last
+
+    def network_evaluations(self) -> tuple[int, int]:
+        return ray.get(self._trainer.network_evaluations.remote())
+
+    def save(self, folder: Path) -> None:
+        ray.get(self._trainer.save.remote(folder.resolve()))
+
+    def load(self, folder: Path) -> None:
+        ray.get(self._trainer.load.remote(folder.resolve()))
+
+    def processes(self) -> list[int]:
+        """The samplers' process ids."""
+        return ray.get([sampler.process.remote() for sampler in self._samplers])
+
+    def close(self) -> None:
+        ray.shutdown()
+
+
+def connect(address: str, processes: int) -> None:
+    """Raises InputError for an address that cannot be used."""
+    if address.startswith("ray://"):
+        raise InputError(f"--ray {address!r}: run the command on the cluster, as with `ray job submit`, and say --ray auto")
+    common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address != "local":
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(f"--ray {address!r}: {str(error).splitlines()[0]}") from None
+        return
+    # Actors wait for each other, so more of them than cores is no harm: ask for as many slots as there are processes.
+    ray.init(
+        address="local",
+        num_cpus=max(processes, os.cpu_count() or 1),
+        include_dashboard=False,
+        **common,
+    )
+
+
+def _check_room(processes: int, gpus: int) -> None:
+    have = ray.cluster_resources()
+    for kind, needed in (("CPU", processes), ("GPU", processes * gpus)):
+        if have.get(kind, 0) < needed:
+            raise InputError(
+                f"rollouts.workers: {processes} processes need {needed} {kind}s, the cluster has {have.get(kind, 0):g}"
+            )
+
+
+def _cluster_gpus() -> bool:
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def split(groups: Sequence[Group], parts: int, unit: int) -> list[Sequence[Group]]:
+    """Neighbouring groups in at most `parts` parts of nearly one size, each but the last a multiple of `unit` groups."""
+    units = -(-len(groups) // unit)
+    bounds = [round(i * units / parts) * unit for i in range(parts + 1)]
+    return [groups[a:b] for a, b in pairwise(bounds) if a < b]
+
+
+def joined_batch(seen: Sequence[Batch], payload: Sequence[Any]) -> Batch:
+    return Batch(
+        scores={key: torch.cat([batch.scores[key] for batch in seen]) for key in seen[0].scores},
+        nfe=sum(batch.nfe for batch in seen),
+        seconds={key: max(batch.seconds[key] for batch in seen) for key in seen[0].seconds},
+        payload=payload,
+    )
+
+
+def joined_evaluated(parts: Sequence[Evaluated], groups: Sequence[int]) -> Evaluated:
+    """Results of several samplers; diversity is a mean over groups, all of one size."""
+    whole = sum(groups)
+    return Evaluated(
+        scores={key: torch.cat([part.scores[key] for part in parts]) for key in parts[0].scores},
+        diversity=sum(part.diversity * number for part, number in zip(parts, groups, strict=True)) / whole,
+        images=torch.cat([part.images for part in parts]),
+        nfe=sum(part.nfe for part in parts),
+    )
+
+
+class _Stored:
+    """A tensor as Ray shares it without copies: a numpy array, which knows no bfloat16."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        plain = tensor.detach().cpu().contiguous()
+        self.array: np.ndarray = (plain.view(torch.int16) if self.dtype == torch.bfloat16 else plain).numpy()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def tensor(self) -> Tensor:
+        # A copy: the array is the store's own memory, and writing to it would change what others read.
+        tensor = torch.from_numpy(self.array.copy())
+        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+
+def to_store(value: Any) -> Any:
+    """The value with its tensors as numpy arrays, however deep in dataclasses, mappings and lists."""
+    return _mapped(value, Tensor, _Stored)
+
+
+def from_store(value: Any) -> Any:
+    """The way back; its tensors are copies, free to be written to."""
+    return _mapped(value, _Stored, _Stored.tensor)
+
+
+def _mapped(value: Any, kind: type, change: Any) -> Any:
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, kind, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_mapped(item, kind, change) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _mapped(getattr(value, f.name), kind, change) for f in fields(value)})
+    return value

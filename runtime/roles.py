@@ -1,0 +1,266 @@
+"""The two roles of a run as plain classes: one draws and scores, one learns. Executors decide in which process each lives.
+
+Both are built from the experiment alone, so that any process can build its own. Axes: B samples, N groups of G.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align import ALGORITHMS
+from diffusion import SOLVERS, Condition, Objective, Predict, RewardModel, Rollout, Scores, Trajectory, guided, sample_seed
+from generators import embedded, load
+from generators.adapter_weights import AdapterWeights
+from rewards import build
+from rewards.mixture import Mixture
+from rollouts.worker import Group, RolloutWorker
+from runtime.config import Experiment
+from runtime.learner import AVERAGE, Counted, Learner
+
+IMAGES_PER_PROMPT = 2
+"""Held-out pictures of one prompt: two, so that there is a distance between them."""
+TOKENS_OF_A_BATCH = 4096
+"""`micro_batch: auto`: as many rows as make this many image tokens, one picture of 1024 pixels, but at most 64."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Training rollouts with their scores."""
+
+    rollout: Rollout
+    scores: Scores
+    nfe: int
+    seconds: dict[str, float]
+    """{rollout, reward}"""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Held-out pictures and what the rewards say of them, on the CPU."""
+
+    scores: dict[str, Tensor]
+    """{total or label: [B]}"""
+    diversity: float
+    """mean pairwise distance inside a group"""
+    images: Tensor
+    """[B, 3, H, W]"""
+    nfe: int
+
+
+def new_objective(experiment: Experiment) -> Objective:
+    return ALGORITHMS[experiment.objective.algorithm](experiment.objective)
+
+
+def new_generator(experiment: Experiment) -> Any:
+    """The frozen base with one adapter for each player, and for the moving average where one is kept."""
+    section, run = experiment.generator, experiment.run
+    set_threads(experiment)
+    generator = load(
+        section.weights,
+        family=section.family,
+        dtype=section.dtype,
+        device=device(experiment),
+        gradient_checkpointing=run.gradient_checkpointing,
+    )
+    names = [*ALGORITHMS[experiment.objective.algorithm].players, *([AVERAGE] if experiment.optimizer.ema is not None else [])]
+    for name in names:
+        add_adapter(generator, experiment, name)
+    return generator
+
+
+def add_adapter(generator: Any, experiment: Experiment, name: str) -> None:
+    from generators.lora_file import load_lora
+
+    lora, trainable = experiment.lora, name != AVERAGE
+    if lora.start_from is not None:
+        load_lora(generator.adapters, name, Path(lora.start_from), trainable=trainable)
+    else:
+        generator.adapters.add(
+            name, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=experiment.seed, trainable=trainable
+        )
+
+
+def set_threads(experiment: Experiment) -> None:
+    """The same number in every process: it changes the order of float sums, and with it the last bits of everything."""
+    threads = experiment.run.threads
+    torch.set_num_threads((os.cpu_count() or 1) if threads == "auto" else threads)
+
+
+def device(experiment: Experiment) -> str:
+    if experiment.run.device != "auto":
+        return experiment.run.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def micro_batch(experiment: Experiment, generator: Any) -> int:
+    if experiment.run.micro_batch != "auto":
+        return experiment.run.micro_batch
+    _, height, width = generator.latent_shape(experiment.generator.height, experiment.generator.width)
+    return max(1, min(64, TOKENS_OF_A_BATCH * generator.transformer.config.patch_size**2 // (height * width)))
+
+
+def rows_of_a_call(group_size: int, most: int) -> int:
+    """How many samples the network sees at once: whole groups if `most` allows, or else an equal share of one.
+
+    Then micro-batches hold the same rows however groups are spread over workers; the last bits of floats may hang on a row's
+    place in its batch.
+    """
+    if most >= group_size:
+        return most // group_size * group_size
+    return next(rows for rows in range(most, 0, -1) if group_size % rows == 0)
+
+
+def with_guidance(predict: Predict, scale: float, negative: Condition) -> Predict:
+    """The guided network as a network: what an objective trains where guidance is part of the sampler."""
+    if scale == 1:
+        return predict
+
+    def ask(x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
+        return guided(predict, condition, adapter=adapter, scale=scale, negative=negative.repeat(len(condition)))(x, t)
+
+    return ask
+
+
+def build_rewards(entries: Sequence[dict[str, Any]], key: str) -> Mixture:
+    """`embedded:NAME` weights become folders here, because rewards cannot ask generators."""
+
+    def located(value: Any) -> Any:
+        return str(embedded(value)) if isinstance(value, str) and value.startswith("embedded:") else value
+
+    return build([{name: located(value) for name, value in entry.items()} for entry in entries], key)
+
+
+class Sampler:
+    """Draws groups and scores them. `units`: how many groups share a micro-batch, and so must stay together."""
+
+    def __init__(self, experiment: Experiment, generator: Any | None = None) -> None:
+        """generator: one to share, in a process that also learns; otherwise an own one is loaded."""
+        self.generator = generator if generator is not None else new_generator(experiment)
+        section, rollouts = experiment.generator, experiment.rollouts
+        objective = new_objective(experiment)
+        common: dict[str, Any] = {
+            "solver": SOLVERS[rollouts.solver],
+            "grid": self.generator.time_grid(rollouts.steps, section.height, section.width, rollouts.shift),
+            "shape": self.generator.latent_shape(section.height, section.width),
+            "guidance": section.guidance,
+        }
+        wishes: dict[str, Any] = {"initial_noise": objective.initial_noise, "record": objective.record(rollouts.steps)}
+        most = micro_batch(experiment, self.generator)
+        sizes = {"training": objective.group_size, "evaluation": IMAGES_PER_PROMPT}
+        rows = {kind: rows_of_a_call(size, most) for kind, size in sizes.items()}
+        self.units = {kind: max(1, rows[kind] // size) for kind, size in sizes.items()}
+        self.training = RolloutWorker(self.generator, **common, **wishes, micro_batch=rows["training"])
+        self.evaluation = RolloutWorker(self.generator, **common, micro_batch=rows["evaluation"])
+        self.trained = build_rewards(experiment.rewards.train, "rewards.train")
+        labels = {entry["label"] for entry in experiment.rewards.train}
+        watched = [entry for entry in experiment.rewards.heldout if entry["label"] not in labels]
+        self.watched = build_rewards(watched, "rewards.heldout") if watched else None
+
+    def write(self, weights: dict[str, AdapterWeights]) -> None:
+        for name, value in weights.items():
+            self.generator.adapters.write(name, value)
+
+    @torch.no_grad()
+    def sample(self, groups: Sequence[Group], version: int) -> Sampled:
+        start = time.perf_counter()
+        rollout = self.training.draw(groups, adapter="policy", version=version)
+        drawn = time.perf_counter()
+        scores = in_batches(self.trained, rollout, self.training.micro_batch)
+        seconds = {"rollout": drawn - start, "reward": time.perf_counter() - drawn}
+        return Sampled(rollout, scores, len(rollout.images) * self.training.nfe, seconds)
+
+    @torch.no_grad()
+    def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
+        rollout = self.evaluation.draw(groups, adapter=adapter, version=None if adapter is None else 0)
+        trained = in_batches(self.trained, rollout, self.evaluation.micro_batch)
+        scores = {"total": trained.total, **trained.parts}
+        if self.watched is not None:
+            scores |= in_batches(self.watched, rollout, self.evaluation.micro_batch).parts
+        return Evaluated(
+            scores={name: value.cpu() for name, value in scores.items()},
+            diversity=diversity(self._features(rollout.images), rollout.group),
+            images=rollout.images.cpu(),
+            nfe=len(rollout.images) * self.evaluation.nfe,
+        )
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Of a CLIP among the rewards, or else the picture at 8x8 pixels: [B, D]."""
+        members = [*self.trained.members, *(self.watched.members if self.watched else [])]
+        for reward, _ in members:
+            if hasattr(reward, "image_features"):
+                return reward.image_features(images)
+        return F.adaptive_avg_pool2d(images, 8).flatten(1)
+
+
+def in_batches(reward: RewardModel, rollout: Rollout, rows: int) -> Scores:
+    """Scored in the batches it was drawn in, for the same reason as they are."""
+    starts = range(0, len(rollout.images), rows)
+    return joined_scores([reward(rollout.images[i : i + rows], rollout.prompts[i : i + rows]) for i in starts])
+
+
+def diversity(features: Tensor, group: Tensor) -> float:
+    """Mean Euclidean distance between two different members of a group: features [B, D], group [B]."""
+    distances = torch.cdist(features, features)
+    pairs = (group[:, None] == group[None]) & ~torch.eye(len(group), dtype=torch.bool)
+    return distances[pairs.to(distances.device)].mean().item()
+
+
+class Trainer:
+    """Makes items of what was sampled, and learns from them."""
+
+    def __init__(self, experiment: Experiment, generator: Any | None = None) -> None:
+        self.experiment = experiment
+        self.generator = generator if generator is not None else new_generator(experiment)
+        self.objective = new_objective(experiment)
+        self.counted = Counted(self.generator)
+        predict = with_guidance(self.counted, experiment.generator.guidance, self.generator.encode([""]))
+        self.learner = Learner(
+            self.generator,
+            predict,
+            self.objective,
+            experiment.optimizer,
+            experiment.run.steps,
+            micro_batch(experiment, self.generator),
+        )
+
+    def update(self, step: int, sampled: Sequence[Sampled]) -> dict[str, float]:
+        """One training step, numbered from 1, on groups in their order."""
+        generator = torch.Generator().manual_seed(sample_seed(self.experiment.seed, step, "items", 0))
+        rollout, scores = joined([s.rollout for s in sampled]), joined_scores([s.scores for s in sampled])
+        items = self.objective.items(rollout, scores, self.learner.predict, self.generator.path, generator)
+        return self.learner.update(step, items)
+
+    def read(self) -> dict[str, AdapterWeights]:
+        return {name: self.generator.adapters.read(name) for name in self.generator.adapters.names}
+
+
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    """One after the other, groups counted on."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    starts = [0]
+    for rollout in rollouts:
+        starts.append(starts[-1] + int(rollout.group.max()) + 1)
+    return Rollout(
+        prompts=[prompt for rollout in rollouts for prompt in rollout.prompts],
+        group=torch.cat([rollout.group + start for rollout, start in zip(rollouts, starts, strict=False)]),
+        seeds=torch.cat([rollout.seeds for rollout in rollouts]),
+        condition=Condition.cat([rollout.condition for rollout in rollouts]),
+        trajectory=Trajectory(torch.cat([rollout.trajectory.x for rollout in rollouts]), rollouts[0].trajectory.t),
+        images=torch.cat([rollout.images for rollout in rollouts]),
+        policy_version=rollouts[0].policy_version,
+    )
+
+
+def joined_scores(scores: Sequence[Scores]) -> Scores:
+    parts = {label: torch.cat([s.parts[label] for s in scores]) for label in scores[0].parts}
+    return Scores(torch.cat([s.total for s in scores]), parts)

@@ -1,0 +1,86 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.config import InputError, read_experiment
+from runtime.run_folder import RunFolder
+
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(folder):
+    code = (
+        "import sys; from pathlib import Path; from runtime.run_folder import RunFolder\n"
+        "try:\n    with RunFolder(Path(sys.argv[1])).locked(): print('got it')\n"
+        "except ValueError as error: print(error)"
+    )
+    with folder.locked():
+        inside = subprocess.run([sys.executable, "-c", code, str(folder.path)], capture_output=True, text=True).stdout
+    after = subprocess.run([sys.executable, "-c", code, str(folder.path)], capture_output=True, text=True).stdout
+    assert "another process" in inside
+    assert after == "got it\n"
+
+
+def test_an_old_folder_takes_the_same_experiment_more_steps_and_other_trackers(folder):
+    folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
+    folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
+    folder.claim(read_experiment(QUICKSTART, ["run.steps=9", "run.trackers=[]"]))
+    with pytest.raises(InputError, match=r"run\.steps = 5.*grow"):
+        folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
+
+
+def test_another_experiment_is_refused_with_the_keys_that_differ(folder):
+    folder.claim(read_experiment(QUICKSTART))
+    before = (folder.path / "experiment.yaml").read_bytes()
+    with pytest.raises(InputError, match=r"objective\.perturbation.*0\.77.*rewards\.train\.0\.weight"):
+        folder.claim(read_experiment(QUICKSTART, ["objective.perturbation=0.77", "rewards.train.0.weight=3"]))
+    assert (folder.path / "experiment.yaml").read_bytes() == before
+
+
+def test_metrics_are_whole_lines_and_rewind(folder):
+    for step in (1, 2, 3):
+        folder.append_metrics({"step": step, "loss": 0.5})
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')  # a cut in the middle of a line
+    assert [line["step"] for line in folder.metrics()] == [1, 2, 3]
+    folder.rewind_metrics(2)
+    assert folder.metrics_file.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_never_reach_the_file(folder, value):
+    with pytest.raises(ValueError, match="step 7: reward/total"):
+        folder.append_metrics({"step": 7, "reward/total": value})
+    assert folder.metrics() == []
+
+
+def test_a_checkpoint_is_whole_or_not_there(folder):
+    def cut():
+        with folder.new_checkpoint(10) as path:
+            (path / "policy.safetensors").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        cut()
+    assert folder.checkpoints() == {}
+    with folder.new_checkpoint(10) as path:
+        assert list(path.iterdir()) == []
+        (path / "state.json").write_text(json.dumps({"step": 10}))
+    assert [p.name for p in folder.checkpoints()[10].iterdir()] == ["state.json"]
+
+
+def test_pruning_keeps_the_newest_and_the_best(folder):
+    for step in (1, 2, 3, 4, 5):
+        with folder.new_checkpoint(step) as path:
+            (path / "state.json").write_text("{}")
+    folder.prune_checkpoints(keep=2, best=2)
+    assert list(folder.checkpoints()) == [2, 4, 5]
