@@ -6,8 +6,9 @@ candidate x_i lies to the state y that the model steps to from the state of an a
 policy gradient (eq. 9) on group advantages (eq. 11) then moves y towards the better neighbours: as long as the ratios are 1,
 its gradient is that of -(1 / tau G) sum_i A_i |x_i - y|^2.
 
-Known to us second-hand: equations and settings come from notes on the paper and from AR-CoPO (arXiv 2603.17461), which says it
-takes its clip from there. K = 4 follows from the reported 1.33 network calls with gradient per image, (B / G) K.
+Second-hand: the equations, and the settings that Config calls the paper's, follow published summaries of it and AR-CoPO (arXiv
+2603.17461), which says it takes its clip from there. K = 4 follows from the reported 1.33 network calls with gradient per
+image, (B / G) K.
 
 Ours, where those differ or are silent:
 * The distance is a mean over elements. The paper sums, without a temperature: then the policy is one-hot at the anchor, and a

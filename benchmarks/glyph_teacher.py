@@ -1,4 +1,4 @@
-"""How good the embedded glyph networks are: verifier, CLIP and teacher, measured.
+"""How good the embedded glyph networks are: verifier, CLIP, autoencoder and teacher, measured.
 
     python benchmarks/glyph_teacher.py [--prompts 200] [--grid FILE.png]
 
@@ -7,6 +7,7 @@ Prints a table and last one JSON line. --grid also writes the teacher's pictures
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from diffusion import SOLVERS, Prompt, guided, integrate, sample_noise
 from generators import embedded, load
 from generators.glyphs.train import CLIP_MEAN, CLIP_STD, tokenize
-from rewards.glyph_match import GlyphMatch
-from worlds.glyphs import caption, change_one, random_scene, read_prompts, render
+from rewards.glyph_match import GlyphMatch, color_credit, find_things, glyph_credit
+from worlds.glyphs import HELDOUT_THINGS, SHAPES, caption, change_one, parse, random_scene, read_prompts, render
 
 
 def prompts(texts: list[str]) -> list[Prompt]:
@@ -70,12 +71,25 @@ def autoencoder(generator, number: int = 256) -> dict[str, float]:
 def draw(generator, texts: list[str], solver: str, steps: int, guidance: float) -> torch.Tensor:
     noise = sample_noise(range(len(texts)), generator.latent_shape())
     images = []
-    for x, part in zip(noise.split(64), torch.arange(len(texts)).split(64), strict=True):
-        condition, negative = generator.encode([texts[i] for i in part]), generator.encode([""] * len(part))
+    for i in range(0, len(texts), 64):
+        condition = generator.encode(texts[i : i + 64])
+        negative = generator.encode([""]).repeat(len(condition))
         predict = guided(generator, condition, adapter=None, scale=guidance, negative=negative)
-        solve = integrate(predict, x, generator.time_grid(steps), generator.path, SOLVERS[solver])
+        solve = integrate(predict, noise[i : i + 64], generator.time_grid(steps), generator.path, SOLVERS[solver])
         images.append(generator.decode(solve.x[:, -1]))
     return torch.cat(images)
+
+
+def parts(images: torch.Tensor, texts: list[str]) -> dict[str, float]:
+    """What is right in the teacher's pictures: number of things, and mean credits by attribute and kind of glyph."""
+    credits: dict[str, list[float]] = defaultdict(list)
+    for things, scene in zip(find_things(images), map(parse, texts), strict=True):
+        credits["count"].append(len(things) == len(scene.things))
+        for asked in scene.things:
+            kind = ("shapes" if asked.glyph in SHAPES else "digits") + (", held out" if asked in HELDOUT_THINGS else "")
+            credits["colour"].append(max((color_credit(thing.color, asked.color) for thing in things), default=0.0))
+            credits[kind].append(max((glyph_credit(thing.glyphs, asked.glyph) for thing in things), default=0.0))
+    return {key: float(np.mean(values)) for key, values in sorted(credits.items())}
 
 
 def save_grid(images: torch.Tensor, texts: list[str], path: Path, columns: int = 6) -> None:
@@ -111,6 +125,9 @@ for name in ("train", "heldout", "evaluation"):
         match, all_right = score.mean().item(), (score == 1).float().mean().item()
         result["teacher"][f"{name} {solver} {steps} guidance {guidance}"] = {"match": match, "all_right": all_right}
         print(f"{name:11} {solver:9} {steps:3} steps  guidance {guidance}  match {match:.3f}  all right {all_right:.2f}")
+texts = [text for name in ("train", "heldout") for text in read_prompts(name)[: options.prompts]]
+result["parts"] = parts(draw(teacher, texts, "euler", 8, 1.0), texts)
+print("parts", "  ".join(f"{key} {value:.3f}" for key, value in result["parts"].items()))
 if options.grid:
     texts = read_prompts("heldout")[:24]
     save_grid(draw(teacher, texts, "euler", 8, 1.0), texts, options.grid)

@@ -35,11 +35,13 @@ def integrate(
     To start late, pass the end of a grid; to stop early, see `stop_early`. To cut the gradient at the network's input,
     pass `lambda x, t: predict(x.detach(), t)`.
 
-    Raises ValueError for a grid that is no time grid, and for record or trained outside the range above.
+    Raises ValueError for a grid that is no time grid, an empty record, and record or trained outside the range above.
     """
     grid = time_grid(grid)
     steps = len(grid) - 1
     record = [steps] if record is None else sorted(set(record))
+    if not record:
+        raise ValueError("record is empty: at least one state must be asked for")
     _check_indices("record", record, steps)
     _check_indices("trained", trained, steps - 1)
     history: History = ()

@@ -1,6 +1,6 @@
 """`weights:` of an experiment to a generator, with one clear line for each way it can go wrong.
 
-Light to import: `resolve` checks everything short of reading weights, for a dry run. Every error is a ValueError.
+Light to import: `resolve` checks everything short of reading weights, for a dry run. What people can get wrong is a ValueError.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not allowed{_allowed(dtype, DTYPES)}")
-    folder = download(weights, family, t5=t5)
     import torch
 
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} is not there: this torch sees no GPU; allowed: cpu")
+    folder = download(weights, family, t5=t5)
     from generators.sd3 import load_sd3
 
     return load_sd3(
@@ -77,7 +79,7 @@ def resolve(weights: str, family: str = "sd3") -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"weights {weights!r}: no model_index.json there, so it is no diffusers pipeline folder")
-    found = json.loads(index.read_text())["_class_name"]
+    found = json.loads(index.read_text()).get("_class_name")
     if found != FAMILIES[family]:
         raise ValueError(f"weights {weights!r} are a {found}, but family {family} is a {FAMILIES[family]}")
     return folder

@@ -78,6 +78,8 @@ class Adapters:
         """
         if name in self._loras:
             raise ValueError(f"there is an adapter {name!r} already")
+        if "." in name:
+            raise ValueError(f"adapter name {name!r} is not allowed: no dots")
         if rank < 1 or not alpha > 0:
             raise ValueError(f"an adapter needs rank >= 1 and alpha > 0, got rank {rank} and alpha {alpha}")
         lora = Lora(rank, alpha, self.match(targets))
@@ -113,6 +115,8 @@ class Adapters:
         ("attn.to_q"), or a regular expression for such a name. Raises ValueError if one of them matches nothing.
         """
         found: set[str] = set()
+        if not targets:
+            raise ValueError(f"targets {targets!r}: at least one is needed, for example 'attn'")
         for target in [targets] if isinstance(targets, str) else targets:
             try:
                 pattern = re.compile(rf"(.*\.)?({self._short_names.get(target, target)})")

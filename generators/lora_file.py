@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from generators.adapter_weights import difference
@@ -54,9 +54,12 @@ def load_lora(adapters: Adapters, name: str, path: Path, *, trainable: bool = Tr
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
         raise ValueError(f"LoRA {str(path)!r}: there is no .safetensors file and no folder with {FILE_NAME}")
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"LoRA {str(path)!r} is no whole safetensors file: {error}") from None
     config = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     if variants := [key for key in VARIANTS if config.get(PREFIX + key)]:
         raise ValueError(f"LoRA {str(path)!r} is not plain: it sets {', '.join(variants)}")

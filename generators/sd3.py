@@ -164,6 +164,8 @@ class SD3Generator:
         height, width: pixels; they matter where the scheduler's shift depends on the resolution.
         shift: a fixed one instead of the scheduler's.
         """
+        if shift is not None and "shift" not in self.pipeline.scheduler.config:
+            raise ValueError(f"shift {shift}: a {type(self.pipeline.scheduler).__name__} has none; leave it to the scheduler")
         overridden = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config, **overridden)
         scheduler.set_timesteps(steps, **self._dynamic_shift(scheduler.config, height, width))

@@ -37,6 +37,8 @@ CONTRAST = 0.35
 """A pixel belongs to a thing if it is at least this far on the way from the background to a colour of the palette."""
 MIN_AREA, MIN_CORE = 8, 0.55
 """A thing has this many pixels, a tenth of them this far on the way; the rest are specks and the fringes of other things."""
+MIN_DISTANCE = 0.15
+"""RGB distance; a colour nearer to the background than this cannot be told from it."""
 CROP = 16
 COLOR_TOLERANCE, COLOR_FALLOFF = 0.15, 0.20
 """RGB distance that still counts as right, and the distance beyond it over which the credit falls to 1/e."""
@@ -92,10 +94,10 @@ def grade(found: Sequence[Found], scene: Scene) -> float:
 def _grade_assigned(things: Sequence[Found | None], scene: Scene) -> float:
     seen = [(thing, asked) for thing, asked in zip(things, scene.things, strict=True) if thing]
     credit = sum(color_credit(thing.color, asked.color) * glyph_credit(thing.glyphs, asked.glyph) for thing, asked in seen)
-    place = 1.0
+    placed = 1.0
     if scene.place is not None:
-        place = place_credit([thing for thing, _ in seen], scene.place) if len(seen) == len(things) else 0.0
-    return credit / len(things) * (1 + place) / 2
+        placed = place_credit([thing for thing, _ in seen], scene.place) if len(seen) == len(things) else 0.0
+    return credit / len(things) * (1 + placed) / 2
 
 
 def color_credit(color: np.ndarray, name: str) -> float:
@@ -112,7 +114,11 @@ def glyph_credit(glyphs: np.ndarray, name: str) -> float:
 
 
 def place_credit(things: Sequence[Found], name: str) -> float:
-    """1 at the named place, 0 at the opposite one, linear between: over 7 pixels for one thing, 12 for the gap of two."""
+    """1 at the named place, 0 at the opposite one, linear between.
+
+    One thing: from 3.5 pixels on the wrong side of the middle to 3.5 on the right one. Two: from 4 pixels in the wrong order
+    to 8 in the right one.
+    """
     first, last = things[0], things[-1]
     match name:
         case "on the left" | "on the right":
@@ -124,8 +130,8 @@ def place_credit(things: Sequence[Found], name: str) -> float:
         case _:
             offset = first.y - last.y
     towards = -offset if name in ("on the left", "at the top", "left of", "above") else offset
-    half_width, full = (3.5, 3.5) if len(things) == 1 else (6.0, 8.0)
-    return float(np.clip((towards - full + 2 * half_width) / (2 * half_width), 0.0, 1.0))
+    nothing, full = (-3.5, 3.5) if len(things) == 1 else (-4.0, 8.0)
+    return float(np.clip((towards - nothing) / (full - nothing), 0.0, 1.0))
 
 
 def find_things(images: Tensor) -> list[list[Found]]:
@@ -150,6 +156,8 @@ def _segment(picture: np.ndarray) -> list[_Blob]:
     """picture [32, 32, 3] -> its connected regions of one colour, at most the five largest."""
     background = np.median(picture.reshape(-1, 3), axis=0)
     away, axes = picture - background, PALETTE - background
+    # Nothing is on the way to the background's own colour.
+    axes = np.where(np.linalg.norm(axes, axis=1, keepdims=True) > MIN_DISTANCE, axes, 1e6)
     # A pixel on an edge is background + coverage * (colour - background): project on each colour's line, take the nearest line.
     coverage = away @ axes.T / (axes**2).sum(1)
     distance = np.linalg.norm(away[:, :, None] - coverage[..., None] * axes, axis=-1)

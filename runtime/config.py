@@ -106,6 +106,16 @@ class RewardsSection(Section):
                 raise ValueError(f"{entry['name']!r} is code named in an experiment; it runs only with --allow-code")
         return tuple(resolve(value, f"rewards.{info.field_name}")) if value or info.field_name == "train" else ()
 
+    @model_validator(mode="after")
+    def _one_label_one_reward(self) -> RewardsSection:
+        trained = {entry["label"]: {**entry, "weight": None} for entry in self.train}
+        for entry in self.heldout:
+            if trained.get(entry["label"], {**entry, "weight": None}) != {**entry, "weight": None}:
+                raise ValueError(
+                    f"heldout has another reward under the trained label {entry['label']!r}: give it a `label` of its own"
+                )
+        return self
+
 
 class RolloutsSection(Section):
     workers: int = Field(1, ge=1, description="rollout actors; results do not depend on it")
@@ -125,7 +135,7 @@ class OptimizerSection(Section):
     """AdamW."""
 
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; to 0 at run.steps")
@@ -141,7 +151,7 @@ class RunSection(Section):
     checkpoint_every: int = Field(10, ge=1)
     keep: int = Field(3, ge=1, description="newest checkpoints to keep, beside the best held-out one")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="of every role; it changes float sums")
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="rows of one backward pass")
     gradient_checkpointing: bool = False
@@ -161,7 +171,7 @@ ObjectiveConfig: Any = _models[0] if len(_models) == 1 else Annotated[reduce(or_
 class Experiment(Section):
     """What `odeon launch` runs."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="the run folder's name under runs/")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="the run folder's name under runs/")
     seed: int = Field(0, ge=0)
     generator: GeneratorSection
     lora: LoraSection = LoraSection()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from diffusion import Prompt
-from generators import resolve, weights_hash
+from generators import download, resolve, weights_hash
 from rewards import scorer
 from rollouts.prompts import read_prompts
 from runtime.config import Experiment, InputError, nearest, read_experiment
@@ -31,6 +31,8 @@ def launch_experiment(
     """The exit code: 0, or 128 + the signal that stopped the run."""
     if executor not in EXECUTORS:
         raise InputError(f"--executor {executor!r}: is not known{nearest(executor, EXECUTORS)}")
+    if address.startswith("ray://"):
+        raise InputError(f"--ray {address!r}: run the command on the cluster, as with `ray job submit`, and say --ray auto")
     experiment = read_experiment(file, overrides)
     train, heldout = check_inputs(experiment)
     if dry_run:
@@ -43,15 +45,25 @@ def launch_experiment(
     with folder.locked():
         folder.claim(experiment)
         weights = {
-            experiment.generator.weights: weights_hash(resolve(experiment.generator.weights, experiment.generator.family))
+            experiment.generator.weights: weights_hash(download(experiment.generator.weights, experiment.generator.family))
         }
-        (folder.path / "environment.json").write_text(json.dumps(environment(weights), indent=2))
+        record_environment(folder.path / "environment.json", environment(weights))
         roles = new_executor(experiment, executor, address)
         try:
             stopped = run(experiment, folder, roles, train, heldout, reporter(experiment.run.steps))
         finally:
             roles.close()
     return 0 if stopped is None else 128 + stopped
+
+
+def record_environment(file: Path, now: dict[str, Any]) -> None:
+    """What the run began on. Raises InputError if its weights have changed since then; they are another teacher."""
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(now, indent=2))
+        os.replace(temporary, file)
+    elif (began := json.loads(file.read_text())["weights"]) != now["weights"]:
+        raise InputError(f"generator.weights: the files have changed since this run began ({began}, now {now['weights']})")
 
 
 def new_executor(experiment: Experiment, kind: str, address: str) -> Executor:
@@ -75,6 +87,8 @@ def check_inputs(experiment: Experiment) -> tuple[list[Prompt], list[Prompt]]:
         raise InputError(str(error)) from None
     if both := {prompt.text for prompt in train} & {prompt.text for prompt in heldout}:
         print(f"odeon: {len(both)} prompts are in prompts.train and prompts.heldout, e.g. {min(both)!r}", file=sys.stderr)
+    if len(heldout) < 2:
+        raise InputError(f"prompts.heldout = {experiment.prompts.heldout!r}: has one prompt; at least 2 are needed")
     trained = {entry["label"] for entry in experiment.rewards.train}
     if not {entry["label"] for entry in experiment.rewards.heldout} - trained:
         print("odeon: every held-out reward is trained; nothing watches for reward hacking", file=sys.stderr)

@@ -127,7 +127,7 @@ class Learner:
     def load(self, folder: Path) -> None:
         load_adapters(self.generator.adapters, folder)
         for player, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(torch.load(folder / f"optimizer_{player}.pt", weights_only=True))
+            optimizer.load_state_dict(torch.load(folder / f"optimizer_{player}.pt", map_location="cpu", weights_only=True))
 
 
 @torch.no_grad()

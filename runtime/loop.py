@@ -91,11 +91,12 @@ def run(
             folder.append_metrics(line)
             trackers.log(line, step)
             show(line)
-            if step % experiment.run.checkpoint_every == 0 or last or stopped:
-                checkpoint(experiment, folder, executor, progress)
-            if "heldout/total" in line or stopped:
+            stopping = bool(stopped)  # read once: whoever stops here has been checkpointed here
+            if "heldout/total" in line or stopping:
                 write_report({experiment.name: folder.metrics()}, folder.path / "report.html")
-            if stopped:
+            if step % experiment.run.checkpoint_every == 0 or last or stopping or progress.best_step == step:
+                checkpoint(experiment, folder, executor, progress)
+            if stopping:
                 break
     trackers.close()
     return stopped[0] if stopped else None

@@ -94,9 +94,7 @@ class RayExecutor:
         self.experiment = experiment
         workers = experiment.rollouts.workers
         connect(address, processes=workers + 1)
-        gpus = 1 if experiment.run.device.startswith("cuda") or (experiment.run.device == "auto" and _cluster_gpus()) else 0
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
-        _check_room(workers + 1, gpus)
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus_of_a_process(experiment.run.device, workers + 1)}
         # Handles are Any: their methods come into being at run time.
         self._trainer: Any = ray.remote(**options)(TrainerActor).remote(experiment)
         sampler: Any = ray.remote(**options, max_restarts=-1, max_task_retries=0)(SamplerActor)
@@ -164,8 +162,6 @@ class RayExecutor:
 
 def connect(address: str, processes: int) -> None:
     """Raises InputError for an address that cannot be used."""
-    if address.startswith("ray://"):
-        raise InputError(f"--ray {address!r}: run the command on the cluster, as with `ray job submit`, and say --ray auto")
     common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address != "local":
         try:
@@ -182,17 +178,12 @@ def connect(address: str, processes: int) -> None:
     )
 
 
-def _check_room(processes: int, gpus: int) -> None:
-    have = ray.cluster_resources()
-    for kind, needed in (("CPU", processes), ("GPU", processes * gpus)):
-        if have.get(kind, 0) < needed:
-            raise InputError(
-                f"rollouts.workers: {processes} processes need {needed} {kind}s, the cluster has {have.get(kind, 0):g}"
-            )
-
-
-def _cluster_gpus() -> bool:
-    return ray.cluster_resources().get("GPU", 0) > 0
+def gpus_of_a_process(device: str, processes: int) -> float:
+    """A GPU for every process, or an equal share where there are fewer. Raises InputError for `cuda` without one."""
+    have = ray.cluster_resources().get("GPU", 0)
+    if device.startswith("cuda") and not have:
+        raise InputError(f"run.device = {device!r}: the cluster has no GPU")
+    return 0 if device == "cpu" else min(1.0, have / processes)
 
 
 def _quiet() -> None:

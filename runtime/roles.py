@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ class Sampler:
         self.evaluation = RolloutWorker(self.generator, **common, micro_batch=rows["evaluation"])
         self.trained = build_rewards(experiment.rewards.train, "rewards.train")
         labels = {entry["label"] for entry in experiment.rewards.train}
-        watched = [entry for entry in experiment.rewards.heldout if entry["label"] not in labels]
+        watched = [{**entry, "weight": 1.0} for entry in experiment.rewards.heldout if entry["label"] not in labels]
         self.watched = build_rewards(watched, "rewards.heldout") if watched else None
 
     def write(self, weights: dict[str, AdapterWeights]) -> None:
@@ -187,7 +187,7 @@ class Sampler:
             scores |= in_batches(self.watched, rollout, self.evaluation.micro_batch).parts
         return Evaluated(
             scores={name: value.cpu() for name, value in scores.items()},
-            diversity=diversity(self._features(rollout.images), rollout.group),
+            diversity=diversity(self._features(rollout.images), IMAGES_PER_PROMPT),
             images=rollout.images.cpu(),
             nfe=len(rollout.images) * self.evaluation.nfe,
         )
@@ -197,7 +197,7 @@ class Sampler:
         members = [*self.trained.members, *(self.watched.members if self.watched else [])]
         for reward, _ in members:
             if hasattr(reward, "image_features"):
-                return reward.image_features(images)
+                return torch.cat([reward.image_features(part) for part in images.split(self.evaluation.micro_batch)])
         return F.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
@@ -207,11 +207,11 @@ def in_batches(reward: RewardModel, rollout: Rollout, rows: int) -> Scores:
     return joined_scores([reward(rollout.images[i : i + rows], rollout.prompts[i : i + rows]) for i in starts])
 
 
-def diversity(features: Tensor, group: Tensor) -> float:
-    """Mean Euclidean distance between two different members of a group: features [B, D], group [B]."""
-    distances = torch.cdist(features, features)
-    pairs = (group[:, None] == group[None]) & ~torch.eye(len(group), dtype=torch.bool)
-    return distances[pairs.to(distances.device)].mean().item()
+def diversity(features: Tensor, group_size: int) -> float:
+    """Mean Euclidean distance between two different members of a group: features [B, D], whole groups one after the other."""
+    members = features.unflatten(0, (-1, group_size))
+    one, other = torch.triu_indices(group_size, group_size, offset=1)
+    return (members[:, one] - members[:, other]).norm(dim=-1).mean().item()
 
 
 class Trainer:
@@ -236,6 +236,9 @@ class Trainer:
         """One training step, numbered from 1, on groups in their order."""
         generator = torch.Generator().manual_seed(sample_seed(self.experiment.seed, step, "items", 0))
         rollout, scores = joined([s.rollout for s in sampled]), joined_scores([s.scores for s in sampled])
+        device = self.generator.device  # what came through Ray's store is on the CPU
+        trajectory = Trajectory(rollout.trajectory.x.to(device), rollout.trajectory.t)
+        rollout = replace(rollout, condition=rollout.condition.to(device), trajectory=trajectory)
         items = self.objective.items(rollout, scores, self.learner.predict, self.generator.path, generator)
         return self.learner.update(step, items)
 

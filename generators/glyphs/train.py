@@ -1,6 +1,6 @@
 """The recipe that made the embedded glyph networks, three stages in a row, each seeded and resumable:
 
-    python -m generators.glyphs.train [vae|clip|teacher ...] [--work DIR] [--out DIR] [--steps N] [--seed N]
+    python -m generators.glyphs.train [vae|clip|teacher ...] [--work DIR] [--out DIR] [--steps N] [--scenes N] [--seed N]
 
 vae       an autoencoder of the pictures: L1 + squared error + a light KL term
 clip      image and text towers by InfoNCE, each caption also against its own with one attribute changed
@@ -8,8 +8,9 @@ teacher   two text encoders and an SD3 transformer by conditional flow matching 
           autoencoder's latents, times logit-normal as SD3 has them (2403.03206, eq. 19), prompts dropped one time in ten
 
 No stage sees a held-out combination. Stopped at any moment, the same command goes on from the last checkpoint in the work
-folder; batch k of a stage depends on the seed and k alone, so the weights come out the same. The exponential moving average of
-the weights is what is saved.
+folder; batch k of a stage depends on the seed and k alone, so on one machine with one number of threads the weights come
+out the same. What is saved is the exponential moving average of the weights; for the VAE a short one, since a long one lags
+behind while the latents still move.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def train_vae(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
     vae.save_pretrained(out / "vae")
 
 
-def said_otherwise(scene: Scene) -> tuple[frozenset[Thing] | tuple[Thing, ...], str | None]:
-    """Equal for captions that one picture can satisfy: 'a left of b' is 'b right of a'; one thing fits at any place."""
+def said_otherwise(scene: Scene) -> tuple[tuple[Thing, ...], str | None]:
+    """Equal for captions that may be true of one picture: 'a left of b' is 'b right of a'; one thing goes without its place."""
     if len(scene.things) == 1:
         return scene.things, None
     opposite = {"right of": "left of", "below": "above"}
@@ -183,12 +184,12 @@ def train_clip(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
     def loss_of(rng: np.random.Generator) -> dict[str, Tensor]:
         rows = torch.from_numpy(rng.integers(len(scenes), size=schedule.batch))
         texts = torch.cat([rows, rows + len(scenes)])
-        out = clip(pixel_values=images[rows], input_ids=ids[texts])
+        result = clip(pixel_values=images[rows], input_ids=ids[texts])
         # A caption that means the same as the picture's own is no negative, except the changed one of that very picture.
         same = meaning[rows][:, None] == meaning[texts][None, :]
         own = torch.arange(len(rows))
         same[own, own] = same[own, own + len(rows)] = False
-        logits = out.logits_per_image.masked_fill(same, -torch.inf)
+        logits = result.logits_per_image.masked_fill(same, -torch.inf)
         return {"image": F.cross_entropy(logits, own), "text": F.cross_entropy(logits[:, : len(rows)].T, own)}
 
     clip = fit("clip", clip, loss_of, schedule, seed, work)

@@ -106,3 +106,17 @@ def test_the_schema_knows_the_algorithms_knobs():
     text = str(Experiment.model_json_schema())
     assert "perturbation" in text
     assert "neighbor_grpo" in text
+
+
+def test_a_heldout_reward_cannot_hide_behind_a_trained_label(tmp_path):
+    body = "rewards: {train: [{name: brightness, label: q}], heldout: [{name: symmetry, label: q}]}"
+    with pytest.raises(InputError, match=r"another reward under the trained label 'q'"):
+        read_experiment(changed(tmp_path, body))
+    same = "rewards: {train: [{name: brightness, weight: 2}], heldout: [{name: brightness}]}"
+    assert read_experiment(changed(tmp_path, same)).rewards.heldout[0]["label"] == "brightness"
+
+
+@pytest.mark.parametrize("override", ["run.device=cudaa", "optimizer.betas=[1.5, 2]", "name=.."])
+def test_values_out_of_range_are_named(override):
+    with pytest.raises(InputError, match=override.split("=")[0]):
+        read_experiment(QUICKSTART, [override])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from worlds.glyphs import COLORS, GLYPHS, HELDOUT_THINGS, Scene, Thing, caption, parse, random_scene
+from worlds.glyphs import COLORS, GLYPHS, HELDOUT_THINGS, Scene, Thing, caption, change_one, parse, random_scene
 
 RED_CIRCLE, BLUE_SEVEN = Thing("red", "circle"), Thing("blue", "seven")
 
@@ -34,6 +34,7 @@ def test_every_random_scene_survives_the_round_trip():
         ("a red circle on the lift", "'on the left'"),
         ("red circle", "'a COLOUR GLYPH'"),
         ("a red circle left of a blue", "'a COLOUR GLYPH'"),
+        ("a red circle left of", "'a COLOUR GLYPH'"),
         ("a red circle left of a blue seven today", "'today'"),
         ("", "'a COLOUR GLYPH'"),
     ],
@@ -41,6 +42,22 @@ def test_every_random_scene_survives_the_round_trip():
 def test_text_outside_the_grammar_is_named(text, word):
     with pytest.raises(ValueError, match=word):
         parse(text)
+
+
+def test_change_one_changes_one_attribute_of_every_kind():
+    rng, kinds = np.random.default_rng(2), set()
+    for _ in range(300):
+        scene = random_scene(rng)
+        other = change_one(scene, rng)
+        pairs = list(zip(scene.things, other.things, strict=True))
+        differences = [
+            *["color" for a, b in pairs if a.color != b.color],
+            *["glyph" for a, b in pairs if a.glyph != b.glyph],
+            *(["place"] if scene.place != other.place else []),
+        ]
+        assert len(differences) == 1
+        kinds |= set(differences)
+    assert kinds == {"color", "glyph", "place"}
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def parse(text: str) -> Scene:
     if not rest or rest in PLACES:
         return Scene((first,), rest or None)
     for relation in RELATIONS:
-        if rest.startswith(relation + " "):
+        if rest == relation or rest.startswith(relation + " "):
             second, words = _parse_thing(words[len(relation.split()) :], text)
             if words:
                 raise ValueError(f"the glyph world cannot read {' '.join(words)!r} at the end of {text!r}")
@@ -108,7 +108,8 @@ def _nearest(word: str, allowed: tuple[str, ...]) -> str:
 def random_scene(rng: np.random.Generator, heldout: bool = False) -> Scene:
     """A scene without held-out things, or (heldout=True) with at least one.
 
-    Half the scenes have two things, half of the others name a place; half the glyphs are shapes, half digits.
+    Half the scenes have two things, half of the others name a place; half the glyphs are shapes, half digits. Scenes that do
+    not fit `heldout` are drawn again, which shifts these shares somewhat.
     """
     while True:
         things = tuple(_random_thing(rng) for _ in range(int(rng.integers(1, 3))))
