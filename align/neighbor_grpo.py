@@ -25,8 +25,9 @@ Axes: N rows, M groups, G members of a group, S solver steps; ... the shape of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,11 @@ class NeighborGRPOConfig(BaseModel):
         if not 0 <= window[0] < window[1] <= 1:
             raise ValueError(f"is {list(window)}, allowed are two rising fractions between 0 and 1")
         return window
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Network evaluations with gradient for one group, if it has a signal: B K U."""
+        return self.anchors * self.train_steps * self.inner_updates
 
     def window(self, steps: int) -> range:
         """Which steps of an S-step solve may be trained."""
@@ -163,6 +169,7 @@ class NeighborGRPO:
 
     Config = NeighborGRPOConfig
     players: Sequence[str] = ("policy",)
+    idle_metrics: Mapping[str, float] = MappingProxyType({"ratio/max_log": 0.0, "ratio/clip_fraction": 0.0})
 
     def __init__(self, config: NeighborGRPOConfig) -> None:
         self.config = config

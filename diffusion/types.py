@@ -167,6 +167,8 @@ class Objective(Protocol):
     """G, samples of one prompt that are scored against each other."""
     updates: int
     """U, optimiser steps of each player on one step's items."""
+    idle_metrics: Mapping[str, float]
+    """Its figures for a step without items, so that every step has them."""
 
     def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The noise one group starts from, [G, *shape] float32, as a function of the group's seed and its members'."""

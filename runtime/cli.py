@@ -51,6 +51,7 @@ def launch(
     ray: Annotated[
         str, typer.Option(envvar="RAY_ADDRESS", help="local: an own cluster; auto or an address: join one; RAY_ADDRESS if set")
     ] = "local",
+    profile: Annotated[int, typer.Option(help="trace this many steps into profile.json; needs --executor inline")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything, print the whole experiment, run nothing")
     ] = False,
@@ -58,7 +59,7 @@ def launch(
     """Run an experiment, or go on with the one in its folder."""
     from runtime.launch import launch_experiment
 
-    if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run):
+    if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run, profile):
         raise typer.Exit(code)
 
 

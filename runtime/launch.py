@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from diffusion import Prompt
@@ -26,9 +27,11 @@ EXECUTORS = ("inline", "ray")
 
 
 def launch_experiment(
-    file: Path, overrides: Sequence[str], run_dir: Path | None, executor: str, address: str, dry_run: bool
+    file: Path, overrides: Sequence[str], run_dir: Path | None, executor: str, address: str, dry_run: bool, profile: int = 0
 ) -> int:
-    """The exit code: 0, or 128 + the signal that stopped the run."""
+    """The exit code: 0, or 128 + the signal that stopped the run. profile: how many steps to trace, 0 for none."""
+    if profile and executor != "inline":
+        raise InputError(f"--profile {profile}: traces this process, so it needs --executor inline, got {executor!r}")
     if executor not in EXECUTORS:
         raise InputError(f"--executor {executor!r}: is not known{nearest(executor, EXECUTORS)}")
     if address.startswith("ray://"):
@@ -36,7 +39,7 @@ def launch_experiment(
     experiment = read_experiment(file, overrides)
     train, heldout = check_inputs(experiment)
     if dry_run:
-        print(plan(experiment))
+        print(plan(experiment, executor))
         return 0
     from runtime.environment import environment
     from runtime.loop import run
@@ -44,13 +47,19 @@ def launch_experiment(
     folder = RunFolder(run_dir if run_dir is not None else Path("runs") / experiment.name)
     with folder.locked():
         folder.claim(experiment)
+        if max(folder.checkpoints(), default=0) >= experiment.run.steps:
+            print(f"{folder.path} has run its {experiment.run.steps} steps")
+            return 0
         weights = {
             experiment.generator.weights: weights_hash(download(experiment.generator.weights, experiment.generator.family))
         }
         record_environment(folder.path / "environment.json", environment(weights))
         roles = new_executor(experiment, executor, address)
         try:
-            stopped = run(experiment, folder, roles, train, heldout, reporter(experiment.run.steps))
+            show = reporter(experiment.run.steps)
+            if profile:
+                show = profiled(profile, folder.path / "profile.json", show)
+            stopped = run(experiment, folder, roles, train, heldout, show)
         finally:
             roles.close()
     return 0 if stopped is None else 128 + stopped
@@ -95,16 +104,45 @@ def check_inputs(experiment: Experiment) -> tuple[list[Prompt], list[Prompt]]:
     return train, heldout
 
 
-def plan(experiment: Experiment) -> str:
-    """The whole experiment, and what one step of it asks of the network."""
-    from diffusion import SOLVERS, guidance_evaluations
+def plan(experiment: Experiment, executor: str) -> str:
+    """The whole experiment, and what a step asks of the network and the run of the memory."""
+    from diffusion import SOLVERS, evaluations, guidance_evaluations
 
     rollouts, objective = experiment.rollouts, experiment.objective
-    images = rollouts.groups_per_step * objective.group_size
     factor = guidance_evaluations(experiment.generator.guidance)
-    most = images * SOLVERS[rollouts.solver].evaluations * rollouts.steps * factor
-    text = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return f"{text}\n# one step: {images} images, at most {most:,} network evaluations of rollouts"
+    images = rollouts.groups_per_step * objective.group_size
+    solve = evaluations(SOLVERS[rollouts.solver], torch.linspace(1, 0, rollouts.steps + 1)) * factor
+    with_gradient = rollouts.groups_per_step * objective.gradient_evaluations * factor
+    folder = resolve(experiment.generator.weights, experiment.generator.family)
+    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 2**20
+    processes = 1 if executor == "inline" else experiment.rollouts.workers + 1
+    return "\n".join(
+        [
+            yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+            f"# a step: {images} images, {images * solve:,} network evaluations without gradient and",
+            f"#   at most {with_gradient:,} with it",
+            f"# memory: {weights:,.0f} MiB of weights in each of {processes} processes, about 500 MiB of libraries in each,",
+            "#   and the activations of a micro-batch",
+        ]
+    )
+
+
+def profiled(steps: int, file: Path, show: Callable[[Mapping[str, Any]], None]) -> Callable[[Mapping[str, Any]], None]:
+    """Trace the `steps` steps after the first one into a file for chrome://tracing or perfetto."""
+    profiler = torch.profiler.profile()
+    shown = 0
+
+    def show_and_trace(line: Mapping[str, Any]) -> None:
+        nonlocal shown
+        show(line)
+        shown += 1
+        if shown == 1:
+            profiler.start()
+        elif shown == steps + 1:
+            profiler.stop()
+            profiler.export_chrome_trace(str(file))
+
+    return show_and_trace
 
 
 def reporter(steps: int) -> Callable[[Mapping[str, Any]], None]:

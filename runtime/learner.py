@@ -65,14 +65,14 @@ class Learner:
         Without items nothing moves, and loss and grad_norm are 0. Raises FloatingPointError for a loss or gradient that is
         not finite, before the optimiser sees it.
         """
-        metrics: dict[str, float] = {}
+        metrics = {"loss": 0.0, "grad_norm": 0.0, **self.objective.idle_metrics}
         for _ in range(self.objective.updates if len(items) else 0):
             for player, optimizer in self.optimizers.items():
                 metrics |= self._update_player(step, player, optimizer, items)
         if self.config.ema is not None and len(items):
             self._average()
         norms = [p.detach().float().norm() for player in self.objective.players for p in self._parameters(player)]
-        return {"loss": 0.0, "grad_norm": 0.0, **metrics, "adapter_norm": torch.stack(norms).norm().item()}
+        return {**metrics, "adapter_norm": torch.stack(norms).norm().item()}
 
     def _update_player(self, step: int, player: str, optimizer: torch.optim.Optimizer, items: Items) -> dict[str, float]:
         optimizer.zero_grad()

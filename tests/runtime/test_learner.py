@@ -1,6 +1,7 @@
 """The learner on a toy: one weight under one adapter, and an objective whose gradient is known."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ class MeanPrediction:
 
     players = ("policy",)
     group_size, updates = 2, 1
+    idle_metrics = MappingProxyType({"ratio/max_log": 0.0})
 
     def loss(self, player, items, predict, path):
         value = predict(items.x, torch.tensor(0.5), Condition({}), player).mean()
@@ -87,7 +89,7 @@ def test_micro_batches_add_up_to_the_whole(micro_batch):
 def test_without_items_nothing_moves():
     one = learner()
     metrics = one.update(1, ROWS[:0])
-    assert metrics == {"loss": 0.0, "grad_norm": 0.0, "adapter_norm": pytest.approx(2**0.5)}
+    assert metrics == {"loss": 0.0, "grad_norm": 0.0, "ratio/max_log": 0.0, "adapter_norm": pytest.approx(2**0.5)}
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
