@@ -230,6 +230,7 @@ def train_teacher(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
     tokenizer = networks.write_tokenizer(out / "tokenizer")
     tokenizer_2 = networks.write_tokenizer(out / "tokenizer_2")
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
+    vae.register_to_config(_name_or_path="")  # or the saved config would name this machine's folder
     scenes = make_scenes(schedule.scenes, seed + 2)
     latents = torch.cat(list(encode(vae, render(scenes, seed + 2))))
     ids, nothing = tokenize(tokenizer, [caption(s) for s in scenes]), tokenize(tokenizer, [""])

@@ -92,3 +92,4 @@ def test_two_steps_of_every_stage_write_folders_that_stock_libraries_load(tmp_pa
     ids = CLIPTokenizer.from_pretrained(tmp_path / "clip")(["a red circle"], return_tensors="pt").input_ids
     assert clip(input_ids=ids, pixel_values=torch.rand(2, 3, 32, 32)).logits_per_image.shape == (2, 1)
     assert (tmp_path / "teacher_000002.png").exists()
+    assert not [path for path in tmp_path.rglob("*.json") if str(tmp_path) in path.read_text()]
