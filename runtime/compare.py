@@ -14,7 +14,8 @@ AXES = {"step": "training step", "seconds": "seconds", "nfe": "network evaluatio
 Lines = Sequence[Mapping[str, Any]]
 STYLE = """
 body { font-family: sans-serif; margin: 1.5em auto; max-width: 1250px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 10px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 10px; }
+.plots > div { min-width: 0; overflow: hidden; }
 table { border-collapse: collapse; }
 td, th { padding: 3px 12px; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child { text-align: left; }
@@ -48,9 +49,14 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
         for name, lines in runs.items():
             _add_curve(figure, name, lines, key, axis)
         figure.update_layout(
-            title=key, xaxis_title=AXES[axis], height=340, margin={"l": 50, "r": 15, "t": 45, "b": 45}, template="plotly_white"
+            title=key,
+            xaxis_title=AXES[axis],
+            height=340,
+            margin={"l": 50, "r": 15, "t": 45, "b": 45},
+            template="plotly_white",
+            legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
         )
-        figures.append(figure.to_html(full_html=False, include_plotlyjs=False))
+        figures.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}))
     title = escape(", ".join(runs))
     page = "\n".join(
         [
@@ -113,7 +119,9 @@ def _all_keys(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _metrics_in_order(runs: Mapping[str, Lines]) -> list[str]:
     keys = dict.fromkeys(key for lines in runs.values() for line in lines for key in line)
-    plotted = [key for key in keys if key not in ("step", "seconds") and not key.startswith("heldout/base/")]
+    plotted = [
+        key for key in keys if key not in ("step", "seconds", "heldout/total_se") and not key.startswith("heldout/base/")
+    ]
     first = ("heldout/total", "reward/total", "heldout/", "reward/", "diversity")
     return sorted(plotted, key=lambda key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)))
 
