@@ -297,5 +297,5 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
     if not location:
         return list(Experiment.model_fields)
     if location[0] == "objective":
-        return ["algorithm", *{key for algorithm in ALGORITHM_MODELS.values() for key in algorithm.model_fields}]
+        return sorted({key for algorithm in ALGORITHM_MODELS.values() for key in algorithm.model_fields})
     return list(Experiment.model_fields[str(location[0])].annotation.model_fields)  # type: ignore[union-attr]

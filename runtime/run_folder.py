@@ -57,6 +57,10 @@ class RunFolder:
                 raise InputError(f"{self.path} ran another experiment: {shown}. Give another --run-dir")
             if new["run.steps"] < old["run.steps"]:
                 raise InputError(f"run.steps = {new['run.steps']}: may only grow, and {self.path} has {old['run.steps']}")
+        elif foreign := [name for name in ("metrics.jsonl", "checkpoints") if (self.path / name).exists()]:
+            raise InputError(
+                f"{self.path}: has {foreign[0]} but no experiment.yaml, so it is no run of ours. Give another --run-dir"
+            )
         temporary = file.with_suffix(".tmp")
         write_experiment(experiment, temporary)
         os.replace(temporary, file)

@@ -46,6 +46,13 @@ def test_another_experiment_is_refused_with_the_keys_that_differ(folder):
     assert (folder.path / "experiment.yaml").read_bytes() == before
 
 
+def test_a_folder_with_somebody_elses_metrics_is_left_alone(folder):
+    folder.metrics_file.write_text("theirs")
+    with pytest.raises(InputError, match=r"metrics\.jsonl but no experiment\.yaml"):
+        folder.claim(read_experiment(QUICKSTART))
+    assert folder.metrics_file.read_text() == "theirs"
+
+
 def test_metrics_are_whole_lines_and_rewind(folder):
     for step in (1, 2, 3):
         folder.append_metrics({"step": step, "loss": 0.5})
