@@ -16,8 +16,9 @@ Ours, where those differ or are silent:
 * Old and new policy both take one first-order step. The state a solver of higher order went to is another point, and an old
   policy measured there starts with ratios that are not 1.
 * K steps are drawn for each group, uniformly from `train_window`.
-* Groups whose rewards are all equal or not finite are left out; the loss is the mean over the others. Rewards that differ by
-  a rounding error still count in full, since eq. 11 knows no scale.
+* Groups whose rewards are all equal or not finite are left out; the loss is the mean over the others. By eq. 11, which knows
+  no scale, rewards that differ by a rounding error count as much as any; with `spread_weights` a group counts by the standard
+  deviation of its rewards, as without the division by it that Dr. GRPO (arXiv 2503.20783) leaves out.
 * `reference_weight` pulls predictions to those of the network without adapter.
 
 Axes: N rows, M groups, G members of a group, S solver steps; ... the shape of a state.
@@ -52,6 +53,9 @@ class NeighborGRPOConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, description="tau, on the mean squared distance; paper: 1, on the summed one")
     clip: float = Field(1e-4, gt=0, description="c, the ratio stays within 1 - c and 1 + c; AR-CoPO: 1e-4")
     quasi_norm: float = Field(0.8, gt=0, le=2, description="p, below 2 damps groups where nobody stands out; paper: 0.8")
+    spread_weights: bool = Field(
+        False, description="weight groups by the standard deviation of their rewards; ours, off in the paper"
+    )
     inner_updates: int = Field(1, ge=1, description="U, optimiser steps on one set of rollouts; AR-CoPO: 2")
     reference_weight: float = Field(
         0.0, ge=0, description="beta, of the mean squared distance to the adapter-off prediction; ours"
@@ -103,6 +107,12 @@ def group_advantages(rewards: Tensor, p: float) -> Tensor:
     centred = rewards.double() - rewards.double().mean(dim=1, keepdim=True)
     scaled = centred / centred.abs().amax(dim=1, keepdim=True)
     return scaled / scaled.abs().pow(p).sum(dim=1, keepdim=True).pow(1 / p)
+
+
+def spread_weights(rewards: Tensor) -> Tensor:
+    """Each group's standard deviation over the mean one, so that rewards keep no scale: [M, G] -> [M] float64, mean 1."""
+    spread = rewards.double().std(dim=1)
+    return spread / spread.mean()
 
 
 def log_policy(candidates: Tensor, y: Tensor, tau: float) -> Tensor:
@@ -194,8 +204,11 @@ class NeighborGRPO:
         step = window.start + _draw(len(x), len(window), self.config.train_steps, generator)
         anchor = _draw(len(x), self.group_size, self.config.anchors, generator)
         index = torch.broadcast_tensors(torch.arange(len(x))[:, None, None], anchor[:, None, :], step[:, :, None])
-        group, anchor, step = (i[(spread > 0) & spread.isfinite()].flatten() for i in index)
+        signal = (spread > 0) & spread.isfinite()
+        group, anchor, step = (i[signal].flatten() for i in index)
         advantages = group_advantages(rewards, self.config.quasi_norm)
+        if self.config.spread_weights:
+            advantages[signal] *= spread_weights(rewards[signal]).unsqueeze(1)
         rows = Rows(
             x=x,
             t=rollout.trajectory.t,

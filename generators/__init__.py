@@ -11,6 +11,6 @@ glyphs/              the embedded tiny teacher and the recipe that made it
 diffusers, peft and transformers take seconds to import, so this package re-exports only what needs none of them.
 """
 
-from generators.load import download, embedded, load, resolve, weights_hash
+from generators.load import download, embedded, load, outline, resolve, weights_hash
 
-__all__ = ["download", "embedded", "load", "resolve", "weights_hash"]
+__all__ = ["download", "embedded", "load", "outline", "resolve", "weights_hash"]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FAMILIES = {"sd3": "StableDiffusion3Pipeline"}
 """{family: the diffusers pipeline its weights belong to}"""
+OUTLINE = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+"""What `outline` reads beside model_index.json."""
 DTYPES = ("float32", "bfloat16")
 _GLYPHS = Path(__file__).parent / "glyphs"
 EMBEDDED = {"glyphs": _GLYPHS / "pipeline", "glyphs-clip": _GLYPHS / "clip"}
@@ -61,6 +63,29 @@ def load(
     )
 
 
+def outline(weights: str, family: str = "sd3") -> SD3Generator:
+    """The generator without its weights, for whoever asks for sizes, time grids and layers before the heavy part starts."""
+    folder = resolve(weights, family)
+    if _on_hub(weights):
+        from huggingface_hub import hf_hub_download
+
+        with _hub_errors(weights):
+            for name in OUTLINE:
+                hf_hub_download(weights, name)
+    if missing := [name for name in OUTLINE if not (folder / name).is_file()]:
+        raise ValueError(f"weights {weights!r}: no {missing[0]} there")
+    from generators.sd3 import outline_sd3
+
+    return outline_sd3(folder)
+
+
+def family_class(family: str) -> type[SD3Generator]:
+    """The class that generates for a family of FAMILIES."""
+    from generators.sd3 import SD3Generator
+
+    return {"sd3": SD3Generator}[family]
+
+
 def resolve(weights: str, family: str = "sd3") -> Path:
     """The local folder with the weights' model_index.json, without the weights themselves where they are on the hub."""
     if family not in FAMILIES:
@@ -96,7 +121,7 @@ def embedded(weights: str) -> Path:
 def download(weights: str, family: str = "sd3", t5: bool = True) -> Path:
     """The local folder with everything `load` needs; t5: False leaves the T5 where it is."""
     folder = resolve(weights, family)
-    if weights.startswith("embedded:") or Path(weights).expanduser().exists():
+    if not _on_hub(weights):
         return folder
     from diffusers import DiffusionPipeline
 
@@ -104,6 +129,10 @@ def download(weights: str, family: str = "sd3", t5: bool = True) -> Path:
 
     with _hub_errors(weights):
         return Path(DiffusionPipeline.download(weights, **({} if t5 else WITHOUT_T5)))
+
+
+def _on_hub(weights: str) -> bool:
+    return not weights.startswith("embedded:") and not Path(weights).expanduser().exists()
 
 
 def weights_hash(folder: Path) -> str:
@@ -141,7 +170,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         problem = "is neither a local folder nor found on the hub; if it is private, log in with `hf auth login`"
     except errors.RemoteEntryNotFoundError:
-        problem = "has no model_index.json on the hub, so it is no diffusers pipeline"
+        problem = f"is no {', '.join(FAMILIES.values())} on the hub: a file of one is missing"
     except errors.HfHubHTTPError as error:
         problem = f"cannot be read from the hub: {str(error).splitlines()[0]}"
     except (errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError):

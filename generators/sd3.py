@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -52,14 +53,14 @@ class SD3Generator:
         *,
         max_sequence_length: int,
         gradient_checkpointing: bool = False,
-        slice_size: int = 8,
+        slice_size: int | None = None,
     ) -> None:
         """Freezes the pipeline's networks, on the device and in the dtypes they have.
 
         pipeline: a StableDiffusion3Pipeline; diffusers' classes are Any here because they grow their attributes at run time.
         max_sequence_length: T5 tokens, 1 to 512; without a T5, zero tokens in their place, 0 to 512.
         gradient_checkpointing: keep block inputs only, and compute the blocks again in backward (network and VAE).
-        slice_size: how many pictures the VAE handles at a time.
+        slice_size: how many pictures the VAE handles at a time; None: one megapixel of them, at most 32.
         """
         least = 0 if pipeline.text_encoder_3 is None else 1
         if not least <= max_sequence_length <= 512:
@@ -123,16 +124,19 @@ class SD3Generator:
         The gradient reaches the latents, except from pixels that had to be clamped. With gradient checkpointing only the
         latents are kept, and backward holds one slice's activations at a time.
         """
-        return self._in_slices(self._decode, latents)
+        return self._in_slices(self._decode, latents, self.pipeline.vae_scale_factor)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> the mean of their latents [B, C, h, w] float32, a slice at a time."""
-        return self._in_slices(self._encode_images, images)
+        return self._in_slices(self._encode_images, images, 1)
 
-    def _in_slices(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    def _in_slices(self, function: Callable[[Tensor], Tensor], batch: Tensor, factor: int) -> Tensor:
+        """batch [B, C, h, w], for pictures `factor` times as high and wide."""
+        pixels = batch.shape[2] * batch.shape[3] * factor**2
+        size = self._slice_size or max(1, min(32, 2**20 // pixels))
         if self.gradient_checkpointing and batch.requires_grad:
-            return torch.cat([checkpoint(function, part, use_reentrant=False) for part in batch.split(self._slice_size)])
-        return torch.cat([function(part) for part in batch.split(self._slice_size)])
+            return torch.cat([checkpoint(function, part, use_reentrant=False) for part in batch.split(size)])
+        return torch.cat([function(part) for part in batch.split(size)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
@@ -179,6 +183,21 @@ class SD3Generator:
         tokens = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return {"mu": calculate_shift(tokens, *(config[name] for name in names))}
+
+
+def outline_sd3(folder: Path) -> SD3Generator:
+    """A generator that knows sizes, time grids and layers, and has no weights: it takes no memory and predicts nothing.
+
+    folder: with the configs of transformer, VAE and scheduler.
+    """
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+    scheduler_class = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["scheduler"][1])
+    texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    pipeline = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts, **WITHOUT_T5)
+    return SD3Generator(pipeline, max_sequence_length=0)
 
 
 def load_sd3(

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from diffusion.types import Prompt, Scores
-from rewards.weights import model_folder
+from rewards.weights import check_model, model_folder
 
 CACHED_PROMPTS = 65536
 """How many captions' features are kept in main memory: 256 MB at D = 1024."""
@@ -44,6 +44,10 @@ class CLIPScore:
 
         weights: str = Field(description="A CLIPModel: embedded:glyphs-clip, a local transformers folder, or a hub id.")
         micro_batch: int = Field(8, ge=1, description="M, images in one forward pass of the network.")
+
+    @staticmethod
+    def check(weights: str, micro_batch: int) -> None:
+        check_model(weights, "clip")
 
     def __init__(self, weights: str, micro_batch: int = 8, label: str = "clip_score") -> None:
         """weights: a local folder or a hub id. Raises ValueError if it is no complete CLIPModel with its two processors."""

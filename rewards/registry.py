@@ -5,7 +5,9 @@ a ValueError of one line.
 
 A scorer is a final class that implements `RewardModel` and is constructed from keywords: `label`, by default its name,
 and its knobs. It describes the knobs in a pydantic model `Config` inside the class; a scorer without knobs has none.
-`bounds` is the lowest and the highest score it can give; a scorer that does not state them keeps to [0, 1].
+`check(**knobs)`, a static method where there is something to check, raises ValueError if what the scorer would load is not
+there; it may ask the hub, and downloads nothing. `bounds` is the lowest and the highest score it can give; a scorer that does
+not state them keeps to [0, 1].
 """
 
 from __future__ import annotations
@@ -72,6 +74,13 @@ def resolve(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> list[
     return resolved
 
 
+def check(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Is there what the scorers will load? Takes what `build` takes, and loads nothing."""
+    for entry in entries:
+        if hasattr(kind := scorer(entry["name"]), "check"):
+            kind.check(**_own(entry))
+
+
 def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> Mixture:
     """The entries' scorers, loaded, in one mixture.
 
@@ -83,8 +92,12 @@ def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> Mixture
 
 
 def _build(entry: Mapping[str, Any]) -> Any:
-    own = {name: value for name, value in entry.items() if name not in Entry.model_fields}
-    return scorer(entry["name"])(label=entry["label"], **own)
+    return scorer(entry["name"])(label=entry["label"], **_own(entry))
+
+
+def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The scorer's own knobs."""
+    return {name: value for name, value in entry.items() if name not in Entry.model_fields}
 
 
 def _resolve(entry: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -19,13 +19,43 @@ def model_folder(weights: str, model_type: str) -> Path:
     weights: a local folder or a hub id.
     model_type: what the folder's config.json must say it is.
     """
-    local = Path(weights).expanduser()
-    if local.exists():
-        folder = local
-    elif _HUB_ID.fullmatch(weights):
-        folder = _download(weights)
+    if (folder := _local(weights)) is None:
+        _check_hub(weights)
+        from huggingface_hub import snapshot_download
+
+        with _hub_errors(weights):
+            folder = Path(snapshot_download(weights, allow_patterns=list(FILES), ignore_patterns=["*/*"]))
+    _check_folder(folder, weights, model_type)
+    return folder
+
+
+def check_model(weights: str, model_type: str) -> None:
+    """Would `model_folder` find it? Downloads nothing: the hub is only asked whether it may be had."""
+    if (folder := _local(weights)) is None:
+        _check_hub(weights)
     else:
-        raise ValueError(f"weights {weights!r}: there is no such folder; allowed are a local folder or a hub id owner/name")
+        _check_folder(folder, weights, model_type)
+
+
+def _check_hub(hub_id: str) -> None:
+    """A model that is not in the cache is asked for once; the download alone would retry for half a minute without network."""
+    from huggingface_hub import auth_check, try_to_load_from_cache
+
+    with _hub_errors(hub_id):
+        if not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+            auth_check(hub_id)
+
+
+def _local(weights: str) -> Path | None:
+    """The folder, or None for a hub id."""
+    if (local := Path(weights).expanduser()).exists():
+        return local
+    if _HUB_ID.fullmatch(weights):
+        return None
+    raise ValueError(f"weights {weights!r}: there is no such folder; allowed are a local folder or a hub id owner/name")
+
+
+def _check_folder(folder: Path, weights: str, model_type: str) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"weights {weights!r}: no config.json there, so it is no transformers model folder")
     found = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -33,17 +63,6 @@ def model_folder(weights: str, model_type: str) -> Path:
         raise ValueError(f"weights {weights!r}: its config.json says model_type {found!r}, where {model_type!r} is needed")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"weights {weights!r}: no .safetensors there, the only format that is read")
-    return folder
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import auth_check, snapshot_download, try_to_load_from_cache
-
-    with _hub_errors(hub_id):
-        if not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-            # Asked once, because the download alone would retry for half a minute when there is no network.
-            auth_check(hub_id)
-        return Path(snapshot_download(hub_id, allow_patterns=list(FILES), ignore_patterns=["*/*"]))
 
 
 @contextmanager

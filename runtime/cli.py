@@ -106,7 +106,9 @@ def sample(
 def evaluate(
     run_dir: RunDir,
     prompts: Annotated[str | None, typer.Option(help="a prompt set; the experiment's held-out one unless given")] = None,
-    rewards: Annotated[list[str] | None, typer.Option(help="more rewards by name")] = None,
+    rewards: Annotated[
+        list[str] | None, typer.Option(help="more rewards: names with commas between them, or {name: NAME, knob: VALUE}")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="solver steps")] = None,
     solver: Annotated[str | None, typer.Option(help="solver")] = None,
 ) -> None:
@@ -138,8 +140,8 @@ def rewards() -> None:
 
 
 @app.command()
-def describe(name: Annotated[str, typer.Argument(help="an algorithm or a reward")]) -> None:
-    """What an algorithm or a reward is, and its knobs."""
+def describe(name: Annotated[str, typer.Argument(help="an algorithm, a reward, a solver or a generator family")]) -> None:
+    """What it is, where it comes from, and its knobs."""
     from runtime.trained import description
 
     print(description(name))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.config import InputError
-from runtime.run_folder import RunFolder
+from runtime.run_folder import RunFolder, replaced
 
 AXES = {"step": "training step", "seconds": "seconds", "nfe": "network evaluations of training"}
 Lines = Sequence[Mapping[str, Any]]
@@ -65,9 +65,9 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
             f'<div class="plots">{"".join(figures)}</div></body></html>',
         ]
     )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page)
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as temporary:
+        temporary.write_text(page)
 
 
 def summary(name: str, lines: Lines) -> dict[str, str]:

@@ -7,11 +7,12 @@ the value and what is allowed. What an algorithm or a reward can be told is its 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -50,6 +51,9 @@ def nearest(word: str, allowed: Collection[str]) -> str:
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class GeneratorSection(Section):
@@ -123,6 +127,9 @@ class RolloutsSection(Section):
     steps: int = Field(8, ge=1, description="solver steps")
     shift: float | None = Field(None, gt=0, description="of the time grid; the pipeline's own scheduler decides unless given")
     groups_per_step: int = Field(16, ge=1, description="prompts in one training step")
+    deadline: float = Field(
+        3600, gt=0, description="seconds for a worker's share of a step; then it counts as hung and is replaced"
+    )
     staleness: int = Field(0, ge=0, le=0, description="policy versions a rollout may be behind; only 0, on-policy, so far")
 
     @field_validator("solver")
@@ -140,6 +147,7 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; to 0 at run.steps")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    accumulation: int = Field(1, ge=1, description="updates whose mean gradient makes one step of the optimiser")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of a moving average of the adapter, which is what is evaluated"
     )
@@ -196,12 +204,12 @@ def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     raw = _read_yaml(path)
     for override in overrides:
         _override(raw, override)
-    return validated(raw)
+    return validated(raw, Experiment)
 
 
-def validated(raw: Any) -> Experiment:
+def validated(raw: Any, section: type[S]) -> S:
     try:
-        return Experiment.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
         raise InputError(_one_line(error.errors()[0])) from None
 
@@ -272,9 +280,15 @@ def _element(here: Any, part: str, override: str) -> Any:
     return here[int(part)]
 
 
+_UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
+"""How pydantic calls the alternatives of a key that takes values of several types."""
+
+
 def _one_line(error: ErrorDetails) -> str:
     location = [
-        part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "objective" and part in ALGORITHMS)
+        part
+        for i, part in enumerate(error["loc"])
+        if not (i == 1 and error["loc"][0] == "objective" and part in ALGORITHMS) and not _UNION_MEMBER.fullmatch(str(part))
     ]
     key, message, value = ".".join(map(str, location)), error["msg"].removeprefix("Value error, "), error["input"]
     match error["type"]:
@@ -285,6 +299,8 @@ def _one_line(error: ErrorDetails) -> str:
         case "union_tag_invalid" | "union_tag_not_found" | "literal_error" if location[0] == "objective" and len(location) < 3:
             algorithm = value.get("algorithm") if isinstance(value, dict) else value
             return f"objective.algorithm = {algorithm!r}: is not known{nearest(str(algorithm), ALGORITHMS)}"
+        case "model_type":
+            return f"{key} = {value!r}: must be a mapping of keys to values"
         case _ if not key or message.startswith(key):
             return message
         case _:

@@ -12,8 +12,8 @@ from typing import Any
 PACKAGES = ("odeon", "torch", "diffusers", "transformers", "peft", "accelerate", "ray", "numpy", "trl", "hpsv2", "image-reward")
 
 
-def environment(weights: dict[str, str]) -> dict[str, Any]:
-    """weights: {what: sha256}. Packages that are not installed are left out."""
+def environment(weights: dict[str, str], prompts: dict[str, str]) -> dict[str, Any]:
+    """weights, prompts: {what: sha256}. Packages that are not installed are left out."""
     import torch
 
     return {
@@ -24,6 +24,7 @@ def environment(weights: dict[str, str]) -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "git": git_revision(),
         "weights": weights,
+        "prompts": prompts,
     }
 
 

@@ -6,24 +6,28 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from diffusion import Prompt
 from generators import download, resolve, weights_hash
-from rewards import scorer
-from rollouts.prompts import read_prompts
+from runtime.checks import check_inputs, digest
 from runtime.config import Experiment, InputError, nearest, read_experiment
-from runtime.run_folder import RunFolder
+from runtime.run_folder import RunFolder, replaced
+from runtime.signals import signals_end_the_process
 
 if TYPE_CHECKING:
     from runtime.executor import Executor
 
 EXECUTORS = ("inline", "ray")
+OTHERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+"""A pipeline folder's networks beside the transformer."""
+Show = Callable[[Mapping[str, Any]], None]
+"""What a user sees of a step: gets its metrics."""
 
 
 def launch_experiment(
@@ -37,42 +41,44 @@ def launch_experiment(
     if address.startswith("ray://"):
         raise InputError(f"--ray {address!r}: run the command on the cluster, as with `ray job submit`, and say --ray auto")
     experiment = read_experiment(file, overrides)
-    train, heldout = check_inputs(experiment)
+    train, heldout, generator = check_inputs(experiment, executor)
     if dry_run:
-        print(plan(experiment, executor))
+        print(plan(experiment, executor, generator))
         return 0
     from runtime.environment import environment
     from runtime.loop import run
 
     folder = RunFolder(run_dir if run_dir is not None else Path("runs") / experiment.name)
-    with folder.locked():
+    with folder.locked(), signals_end_the_process():
         folder.claim(experiment)
         if max(folder.checkpoints(), default=0) >= experiment.run.steps:
             print(f"{folder.path} has run its {experiment.run.steps} steps")
             return 0
-        weights = {
-            experiment.generator.weights: weights_hash(download(experiment.generator.weights, experiment.generator.family))
-        }
-        record_environment(folder.path / "environment.json", environment(weights))
+        source = experiment.generator
+        prompts = {experiment.prompts.train: digest(train), experiment.prompts.heldout: digest(heldout)}
+        weights = {source.weights: weights_hash(download(source.weights, source.family))}
+        record_environment(folder.path / "environment.json", environment(weights, prompts))
         roles = new_executor(experiment, executor, address)
         try:
-            show = reporter(experiment.run.steps)
-            if profile:
-                show = profiled(profile, folder.path / "profile.json", show)
-            stopped = run(experiment, folder, roles, train, heldout, show)
+            with reporter(experiment.run.steps) as show:
+                if profile:
+                    show = profiled(profile, folder.path / "profile.json", show)
+                stopped = run(experiment, folder, roles, train, heldout, show)
         finally:
             roles.close()
     return 0 if stopped is None else 128 + stopped
 
 
 def record_environment(file: Path, now: dict[str, Any]) -> None:
-    """What the run began on. Raises InputError if its weights have changed since then; they are another teacher."""
+    """What the run began on. Raises InputError if what it is made of has changed since then: it would be another run."""
     if not file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(now, indent=2))
-        os.replace(temporary, file)
-    elif (began := json.loads(file.read_text())["weights"]) != now["weights"]:
-        raise InputError(f"generator.weights: the files have changed since this run began ({began}, now {now['weights']})")
+        with replaced(file) as temporary:
+            temporary.write_text(json.dumps(now, indent=2))
+        return
+    began = json.loads(file.read_text())
+    for kind in ("weights", "prompts"):
+        if began[kind] != now[kind]:
+            raise InputError(f"{', '.join(now[kind])}: the {kind} have changed since this run began. Give another --run-dir")
 
 
 def new_executor(experiment: Experiment, kind: str, address: str) -> Executor:
@@ -85,27 +91,8 @@ def new_executor(experiment: Experiment, kind: str, address: str) -> Executor:
     return RayExecutor(experiment, address)
 
 
-def check_inputs(experiment: Experiment) -> tuple[list[Prompt], list[Prompt]]:
-    """The two prompt sets, after everything else that can be found wrong without loading a network was looked at."""
-    try:
-        resolve(experiment.generator.weights, experiment.generator.family)
-        for entry in (*experiment.rewards.train, *experiment.rewards.heldout):
-            scorer(entry["name"])
-        train, heldout = read_prompts(experiment.prompts.train), read_prompts(experiment.prompts.heldout)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if both := {prompt.text for prompt in train} & {prompt.text for prompt in heldout}:
-        print(f"odeon: {len(both)} prompts are in prompts.train and prompts.heldout, e.g. {min(both)!r}", file=sys.stderr)
-    if len(heldout) < 2:
-        raise InputError(f"prompts.heldout = {experiment.prompts.heldout!r}: has one prompt; at least 2 are needed")
-    trained = {entry["label"] for entry in experiment.rewards.train}
-    if not {entry["label"] for entry in experiment.rewards.heldout} - trained:
-        print("odeon: every held-out reward is trained; nothing watches for reward hacking", file=sys.stderr)
-    return train, heldout
-
-
-def plan(experiment: Experiment, executor: str) -> str:
-    """The whole experiment, and what a step asks of the network and the run of the memory."""
+def plan(experiment: Experiment, executor: str, generator: Any) -> str:
+    """The whole experiment, and what a step asks of the network and the run of the memory. generator: its outline will do."""
     from diffusion import SOLVERS, evaluations, guidance_evaluations
 
     rollouts, objective = experiment.rollouts, experiment.objective
@@ -113,21 +100,27 @@ def plan(experiment: Experiment, executor: str) -> str:
     images = rollouts.groups_per_step * objective.group_size
     solve = evaluations(SOLVERS[rollouts.solver], torch.linspace(1, 0, rollouts.steps + 1)) * factor
     with_gradient = rollouts.groups_per_step * objective.gradient_evaluations * factor
+    width = {"float32": 4, "bfloat16": 2}[experiment.generator.dtype]
+    trained = sum(p.numel() for name in generator.adapters.names for p in generator.adapters.parameters(name))
+    whole = sum(p.numel() for p in generator.transformer.parameters())
+    base = (whole - trained) * width / 2**20
     folder = resolve(experiment.generator.weights, experiment.generator.family)
-    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 2**20
-    processes = 1 if executor == "inline" else experiment.rollouts.workers + 1
+    others = sum(file.stat().st_size for name in OTHERS for file in (folder / name).glob("*.safetensors")) / 2**20
+    processes = 1 if executor == "inline" else rollouts.workers + 1
     return "\n".join(
         [
             yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             f"# a step: {images} images, {images * solve:,} network evaluations without gradient and",
             f"#   at most {with_gradient:,} with it",
-            f"# memory: {weights:,.0f} MiB of weights in each of {processes} processes, about 500 MiB of libraries in each,",
-            "#   and the activations of a micro-batch",
+            f"# memory of each of {processes} processes: transformer {base:,.0f} MiB, text encoders and VAE "
+            + (f"{others:,.0f} MiB," if others else "as much as their files,"),
+            "#   libraries about 500 MiB, and the activations of a micro-batch;",
+            f"#   adapters {trained * 4 / 2**20:,.0f} MiB, and in the learner gradient and optimiser three times that",
         ]
     )
 
 
-def profiled(steps: int, file: Path, show: Callable[[Mapping[str, Any]], None]) -> Callable[[Mapping[str, Any]], None]:
+def profiled(steps: int, file: Path, show: Show) -> Show:
     """Trace the `steps` steps after the first one into a file for chrome://tracing or perfetto."""
     profiler = torch.profiler.profile()
     shown = 0
@@ -145,7 +138,8 @@ def profiled(steps: int, file: Path, show: Callable[[Mapping[str, Any]], None]) 
     return show_and_trace
 
 
-def reporter(steps: int) -> Callable[[Mapping[str, Any]], None]:
+@contextmanager
+def reporter(steps: int) -> Iterator[Show]:
     """A progress bar in a terminal, a plain line a step elsewhere."""
     started, first = time.monotonic(), [0]
 
@@ -156,20 +150,16 @@ def reporter(steps: int) -> Callable[[Mapping[str, Any]], None]:
         return f"step {line['step']}/{steps}  reward {line['reward/total']:.3f}{heldout}  {left:.0f} s left"
 
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        return lambda line: print(text(line), flush=True)
-    from rich.console import Console
+        yield lambda line: print(text(line), flush=True)
+        return
     from rich.progress import BarColumn, Progress, TextColumn
 
-    console = Console()
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console)
-    task = bar.add_task("", total=steps)
-    bar.start()
+    with Progress(TextColumn("{task.description}"), BarColumn()) as bar:
+        task = bar.add_task("the teacher's held-out pictures", total=steps)
 
-    def show(line: Mapping[str, Any]) -> None:
-        if "heldout/total" in line:
-            console.print(text(line))
-        bar.update(task, completed=line["step"], description=text(line))
-        if line["step"] == steps:
-            bar.stop()
+        def show(line: Mapping[str, Any]) -> None:
+            if "heldout/total" in line:
+                bar.console.print(text(line))
+            bar.update(task, completed=line["step"], description=text(line))
 
-    return show
+        yield show

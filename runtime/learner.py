@@ -40,7 +40,10 @@ class Counted:
 
 
 class Learner:
-    """Trains the adapters named by objective.players, each with its own AdamW, in turn."""
+    """Trains the adapters named by objective.players, each with its own AdamW, in turn.
+
+    Gradients add up over micro-batches, and over `accumulation` updates before the optimiser moves.
+    """
 
     def __init__(
         self, generator: Any, predict: Predict, objective: Objective, config: OptimizerSection, steps: int, micro_batch: int
@@ -58,38 +61,46 @@ class Learner:
             )
             for player in objective.players
         }
+        self.waiting = dict.fromkeys(objective.players, 0)
+        """{player: updates whose gradients wait for the optimiser}"""
 
     def update(self, step: int, items: Items) -> dict[str, float]:
         """All updates of one training step, numbered from 1. Returns its metrics: loss, grad_norm, and the objective's own.
 
         Without items nothing moves, and loss and grad_norm are 0. Raises FloatingPointError for a loss or gradient that is
-        not finite, before the optimiser sees it.
+        not finite, before the optimiser sees it. `grad_norm` is that of the gradient gathered so far, before clipping.
         """
         metrics = {"loss": 0.0, "grad_norm": 0.0, **self.objective.idle_metrics}
         for _ in range(self.objective.updates if len(items) else 0):
             for player, optimizer in self.optimizers.items():
                 metrics |= self._update_player(step, player, optimizer, items)
-        if self.config.ema is not None and len(items):
+        if self.config.ema is not None and len(items) and not any(self.waiting.values()):
             self._average()
         norms = [p.detach().float().norm() for player in self.objective.players for p in self._parameters(player)]
         return {**metrics, "adapter_norm": torch.stack(norms).norm().item()}
 
     def _update_player(self, step: int, player: str, optimizer: torch.optim.Optimizer, items: Items) -> dict[str, float]:
-        optimizer.zero_grad()
         found: dict[str, list[tuple[int, float]]] = {}
         for start in range(0, len(items), self.micro_batch):
             rows = items[start : start + self.micro_batch]
             loss = self.objective.loss(player, rows, self.predict, self.generator.path)
-            (loss.value * (len(rows) / len(items))).backward()
+            (loss.value * (len(rows) / len(items) / self.config.accumulation)).backward()
             for key, value in {"loss": loss.value.item(), **loss.metrics}.items():
                 found.setdefault(key, []).append((len(rows), value))
         metrics = {key: _reduce(key, values) for key, values in found.items()}
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(player), self.config.grad_clip).item()
+        parameters = self._parameters(player)
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total_norm.item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             raise FloatingPointError(f"step {step}, {player}: loss {metrics['loss']}, gradient norm {norm}")
-        for group in optimizer.param_groups:
-            group["lr"] = self.config.lr * self.rate(step)
-        optimizer.step()
+        self.waiting[player] += 1
+        if self.waiting[player] == self.config.accumulation:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, total_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * self.rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.waiting[player] = 0
         return {**metrics, "grad_norm": norm}
 
     def rate(self, step: int) -> float:
@@ -105,11 +116,6 @@ class Learner:
         for mean, value in zip(self._parameters(AVERAGE), self._parameters(self.objective.players[0]), strict=True):
             mean.lerp_(value, 1 - self.config.ema)
 
-    @property
-    def evaluated(self) -> str:
-        """The adapter that evaluation, samples and export use."""
-        return self.objective.players[0] if self.config.ema is None else AVERAGE
-
     def _parameters(self, player: str) -> list[torch.nn.Parameter]:
         return self.generator.adapters.parameters(player)
 
@@ -121,13 +127,21 @@ class Learner:
                 {k: p.detach().contiguous() for k, p in adapters.named_parameters(name).items()}, folder / f"{name}.safetensors"
             )
         for player, optimizer in self.optimizers.items():
-            torch.save(optimizer.state_dict(), folder / f"optimizer_{player}.pt")
+            state = {"optimizer": optimizer.state_dict(), "waiting": self.waiting[player]}
+            if self.waiting[player]:
+                state["gradient"] = [p.grad for p in self._parameters(player)]
+            torch.save(state, folder / f"optimizer_{player}.pt")
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         load_adapters(self.generator.adapters, folder)
         for player, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(torch.load(folder / f"optimizer_{player}.pt", map_location="cpu", weights_only=True))
+            state = torch.load(folder / f"optimizer_{player}.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            self.waiting[player] = state["waiting"]
+            if self.waiting[player]:
+                for parameter, gradient in zip(self._parameters(player), state["gradient"], strict=True):
+                    parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
 @torch.no_grad()

@@ -8,16 +8,12 @@ that was not, to the last bit.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,15 +24,13 @@ from rollouts.worker import Group, seed_groups
 from runtime.compare import write_report
 from runtime.config import Experiment
 from runtime.executor import Batch, Executor
-from runtime.learner import AVERAGE
-from runtime.roles import IMAGES_PER_PROMPT, Evaluated
-from runtime.run_folder import RunFolder
-from runtime.tracking import Trackers
+from runtime.roles import IMAGES_PER_PROMPT, SHOWN, Evaluated, evaluated_adapter
+from runtime.run_folder import RunFolder, replaced
+from runtime.signals import signals_noted
+from runtime.tracking import trackers
 
 HELDOUT_ITERATION = 0
 """Training steps count from 1, so held-out noise is never training noise."""
-GRID = 16
-"""Held-out prompts in a picture grid."""
 
 
 @dataclass
@@ -52,14 +46,6 @@ class Progress:
     best: float | None = None
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """The frozen teacher on the held-out prompts."""
-
-    scores: dict[str, Tensor]
-    images: Tensor
-
-
 def run(
     experiment: Experiment,
     folder: RunFolder,
@@ -72,24 +58,22 @@ def run(
     progress = resume(folder, executor)
     if progress.step >= experiment.run.steps:
         return None
-    groups = seed_groups(heldout[: experiment.prompts.heldout_number], IMAGES_PER_PROMPT, experiment.seed, HELDOUT_ITERATION)
-    trackers = Trackers(experiment.run.trackers, experiment.name, folder.path)
+    groups = heldout_groups(heldout[: experiment.prompts.heldout_number], experiment.seed)
     started = time.monotonic() - progress.seconds
     executor.publish(progress.step)
-    teacher = executor.evaluate(groups, adapter=None)
-    baseline = Baseline(teacher.scores, teacher.images)
+    teacher = baseline(folder, executor, groups)
     if progress.step == 0:
         progress.nfe_teacher += teacher.nfe
-    with stop_signals() as stopped:
+    with trackers(experiment.run.trackers, experiment.name, folder.path, progress.step) as track, signals_noted() as stopped:
         for step in range(progress.step + 1, experiment.run.steps + 1):
             line = one_step(experiment, executor, train, step, progress)
             last = step == experiment.run.steps
             if step % experiment.run.evaluate_every == 0 or last:
-                line |= evaluate(experiment, folder, executor, groups, baseline, step, progress)
+                line |= evaluate(experiment, folder, executor, groups, teacher, step, progress)
             progress.step, progress.seconds = step, time.monotonic() - started
             line = {"step": step, "seconds": progress.seconds, **line, "nfe/teacher": progress.nfe_teacher}
             folder.append_metrics(line)
-            trackers.log(line, step)
+            track(line, step)
             show(line)
             stopping = bool(stopped)  # read once: whoever stops here has been checkpointed here
             if "heldout/total" in line or stopping:
@@ -98,7 +82,6 @@ def run(
                 checkpoint(experiment, folder, executor, progress)
             if stopping:
                 break
-    trackers.close()
     return stopped[0] if stopped else None
 
 
@@ -142,25 +125,38 @@ def evaluate(
     folder: RunFolder,
     executor: Executor,
     groups: Sequence[Group],
-    baseline: Baseline,
+    teacher: Evaluated,
     step: int,
     progress: Progress,
 ) -> dict[str, float]:
-    adapter = "policy" if experiment.optimizer.ema is None else AVERAGE
-    result = executor.evaluate(groups, adapter)
+    result = executor.evaluate(groups, evaluated_adapter(experiment))
     progress.nfe_teacher += result.nfe
-    line = heldout_metrics(result, baseline)
-    save_samples(folder.path / "samples" / f"step_{step:06d}", result.images, baseline.images, groups)
+    line = heldout_metrics(result, teacher)
+    save_samples(folder.path / "samples" / f"step_{step:06d}", result.pictures, teacher.pictures, groups)
     if progress.best is None or line["heldout/total"] > progress.best:
         progress.best, progress.best_step = line["heldout/total"], step
     return line
 
 
-def heldout_metrics(result: Evaluated, baseline: Baseline) -> dict[str, float]:
+def heldout_groups(prompts: Sequence[Prompt], seed: int) -> list[Group]:
+    """The same pictures at every evaluation of a run."""
+    return seed_groups(prompts, IMAGES_PER_PROMPT, seed, HELDOUT_ITERATION)
+
+
+def baseline(folder: RunFolder, executor: Executor, groups: Sequence[Group]) -> Evaluated:
+    """The frozen teacher on the held-out prompts, evaluated once in the life of a run."""
+    file = folder.path / "teacher.safetensors"
+    if not file.exists():
+        with replaced(file) as temporary:
+            executor.evaluate(groups, adapter=None).save(temporary)
+    return Evaluated.load(file)
+
+
+def heldout_metrics(result: Evaluated, teacher: Evaluated) -> dict[str, float]:
     """Means, the teacher's on the same noise, and the paired comparison: standard error over prompts, wins over pictures."""
     line = {f"heldout/{label}": values.mean().item() for label, values in result.scores.items()}
-    line |= {f"heldout/base/{label}": values.mean().item() for label, values in baseline.scores.items()}
-    difference = result.scores["total"] - baseline.scores["total"]
+    line |= {f"heldout/base/{label}": values.mean().item() for label, values in teacher.scores.items()}
+    difference = result.scores["total"] - teacher.scores["total"]
     per_prompt = difference.view(-1, IMAGES_PER_PROMPT).mean(dim=1)
     line["heldout/total_se"] = (per_prompt.std() / len(per_prompt) ** 0.5).item()
     line["heldout/win_rate"] = ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
@@ -168,21 +164,21 @@ def heldout_metrics(result: Evaluated, baseline: Baseline) -> dict[str, float]:
     return line
 
 
-def save_samples(folder: Path, images: Tensor, base: Tensor, groups: Sequence[Group]) -> None:
-    """grid.png: the first held-out prompts, the teacher's picture above the policy's on the same noise; and captions.txt."""
+def save_samples(folder: Path, pictures: Tensor, teacher: Tensor, groups: Sequence[Group]) -> None:
+    """grid.png: the first held-out prompts, the teacher's picture above the policy's on the same noise; and captions.txt.
+
+    pictures, teacher: [B, H, W, 3] uint8.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = range(0, min(GRID, len(groups)) * IMAGES_PER_PROMPT, IMAGES_PER_PROMPT)
     rows = []
-    for start in range(0, len(shown), 8):
-        part = list(shown[start : start + 8])
-        rows += [torch.cat(list(picture[part]), dim=2) for picture in (base, images)]
-    width = max(row.shape[2] for row in rows)
-    sheet = torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[2])) for row in rows], dim=1)
-    pixels = (sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    scale = max(1, 96 // images.shape[-1])
+    for start in range(0, len(pictures), 8):
+        rows += [torch.cat(list(some[start : start + 8]), dim=1) for some in (teacher, pictures)]
+    width = max(row.shape[1] for row in rows)
+    sheet = torch.cat([torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows])
+    picture = Image.fromarray(sheet.numpy())
+    scale = max(1, 96 // pictures.shape[2])
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(folder / "grid.png")
-    (folder / "captions.txt").write_text("\n".join(group.prompt.text for group in groups[:GRID]) + "\n")
+    (folder / "captions.txt").write_text("\n".join(group.prompt.text for group in groups[:SHOWN]) + "\n")
 
 
 def checkpoint(experiment: Experiment, folder: RunFolder, executor: Executor, progress: Progress) -> None:
@@ -202,21 +198,3 @@ def resume(folder: RunFolder, executor: Executor) -> Progress:
     executor.load(path)
     folder.rewind_metrics(step)
     return Progress(**json.loads((path / "state.json").read_text()))
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, so that the step under way ends and is checkpointed; the second one ends the process."""
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if noted:
-            os._exit(128 + number)
-        noted.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from torch import Tensor
 
 from rollouts.worker import Group
 from runtime.config import Experiment, InputError
 from runtime.executor import Batch, figures
-from runtime.roles import Evaluated, Sampler, Trainer
+from runtime.roles import SHOWN, Evaluated, Sampler, Trainer
+from runtime.signals import SIGNALS, signals_kept
 
 ATTEMPTS = 4
 """How often a call is made before the run fails: a death a minute is bad luck, four in a row are a bug."""
@@ -123,8 +125,12 @@ class RayExecutor:
         return joined_evaluated([from_store(part) for part in ray.get(results)], [len(part) for part in parts])
 
     def _on_samplers(self, method: str, calls: Sequence[tuple[Any, ...]], returns: int) -> list[Any]:
-        """One call a sampler; those whose sampler died are made again on the next one. References, in the calls' order."""
+        """One call a sampler; those whose sampler died, or was killed at the deadline, are made again on the next one.
+
+        Returns references, in the calls' order.
+        """
         done: dict[int, Any] = {}
+        last: Exception | None = None
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(BACK_OFF * 2 ** (attempt - 1))
@@ -133,15 +139,19 @@ class RayExecutor:
                 if i not in done:
                     sampler = self._samplers[(i + attempt) % len(self._samplers)]
                     pending[i] = getattr(sampler, method).options(num_returns=returns).remote(*call)
+            deadline = time.monotonic() + self.experiment.rollouts.deadline
             for i, reference in pending.items():
                 try:
-                    ray.get(reference[0] if returns == 2 else reference)
+                    ray.get(reference[0] if returns == 2 else reference, timeout=max(0.0, deadline - time.monotonic()))
                     done[i] = reference
                 except RayActorError as error:
                     last = error
+                except GetTimeoutError as error:
+                    last = error
+                    ray.kill(self._samplers[(i + attempt) % len(self._samplers)], no_restart=False)
             if len(done) == len(calls):
                 return [done[i] for i in range(len(calls))]
-        raise RuntimeError(f"rollout workers died {ATTEMPTS} times in a row on the same groups") from last
+        raise RuntimeError(f"rollout workers died or hung {ATTEMPTS} times in a row on the same groups") from last
 
     def network_evaluations(self) -> tuple[int, int]:
         return ray.get(self._trainer.network_evaluations.remote())
@@ -163,19 +173,24 @@ class RayExecutor:
 def connect(address: str, processes: int) -> None:
     """Raises InputError for an address that cannot be used."""
     common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    if address != "local":
+    with signals_kept(), _ray_signal():
+        if address == "local":
+            # Actors wait for each other, so more of them than cores is no harm: ask for as many slots as there are processes.
+            ray.init(address="local", num_cpus=max(processes, os.cpu_count() or 1), include_dashboard=False, **common)
+            return
         try:
             ray.init(address=address, **common)
         except (ConnectionError, ValueError) as error:
             raise InputError(f"--ray {address!r}: {str(error).splitlines()[0]}") from None
-        return
-    # Actors wait for each other, so more of them than cores is no harm: ask for as many slots as there are processes.
-    ray.init(
-        address="local",
-        num_cpus=max(processes, os.cpu_count() or 1),
-        include_dashboard=False,
-        **common,
-    )
+
+
+@contextmanager
+def _ray_signal() -> Iterator[None]:
+    """While it starts, ray exits with the bare number of a signal; 128 is added to it everywhere else."""
+    try:
+        yield
+    except SystemExit as error:
+        raise SystemExit(128 + error.code if error.code in SIGNALS else error.code) from None
 
 
 def gpus_of_a_process(device: str, processes: int) -> float:
@@ -212,7 +227,7 @@ def joined_evaluated(parts: Sequence[Evaluated], groups: Sequence[int]) -> Evalu
     return Evaluated(
         scores={key: torch.cat([part.scores[key] for part in parts]) for key in parts[0].scores},
         diversity=sum(part.diversity * number for part, number in zip(parts, groups, strict=True)) / whole,
-        images=torch.cat([part.images for part in parts]),
+        pictures=torch.cat([part.pictures for part in parts])[:SHOWN],
         nfe=sum(part.nfe for part in parts),
     )
 

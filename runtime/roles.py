@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from align import ALGORITHMS
@@ -21,13 +23,14 @@ from diffusion import SOLVERS, Condition, Objective, Predict, RewardModel, Rollo
 from generators import embedded, load
 from generators.adapter_weights import AdapterWeights
 from rewards import build
-from rewards.mixture import Mixture
 from rollouts.worker import Group, RolloutWorker
-from runtime.config import Experiment
+from runtime.config import Experiment, RolloutsSection
 from runtime.learner import AVERAGE, Counted, Learner
 
 IMAGES_PER_PROMPT = 2
 """Held-out pictures of one prompt: two, so that there is a distance between them."""
+SHOWN = 16
+"""Held-out prompts in a picture grid."""
 TOKENS_OF_A_BATCH = 4096
 """`micro_batch: auto`: as many rows as make this many image tokens, one picture of 1024 pixels, but at most 64."""
 
@@ -51,9 +54,27 @@ class Evaluated:
     """{total or label: [B]}"""
     diversity: float
     """mean pairwise distance inside a group"""
-    images: Tensor
-    """[B, 3, H, W]"""
+    pictures: Tensor
+    """[at most SHOWN, H, W, 3] uint8, the first one of each of the first prompts: the only ones anybody looks at"""
     nfe: int
+
+    def save(self, file: Path) -> None:
+        """As safetensors."""
+        tensors = {f"scores/{name}": values for name, values in self.scores.items()} | {"pictures": self.pictures}
+        save_file(tensors, file, metadata={"diversity": repr(self.diversity), "nfe": str(self.nfe)})
+
+    @classmethod
+    def load(cls, file: Path) -> Evaluated:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata()
+        scores = {key.removeprefix("scores/"): values for key, values in tensors.items() if key != "pictures"}
+        return cls(scores, float(metadata["diversity"]), tensors["pictures"], int(metadata["nfe"]))
+
+
+def evaluated_adapter(experiment: Experiment) -> str:
+    """The adapter that is evaluated, sampled from and exported."""
+    return "policy" if experiment.optimizer.ema is None else AVERAGE
 
 
 def new_objective(experiment: Experiment) -> Objective:
@@ -71,22 +92,24 @@ def new_generator(experiment: Experiment) -> Any:
         device=device(experiment),
         gradient_checkpointing=run.gradient_checkpointing,
     )
-    names = [*ALGORITHMS[experiment.objective.algorithm].players, *([AVERAGE] if experiment.optimizer.ema is not None else [])]
-    for name in names:
-        add_adapter(generator, experiment, name)
+    add_adapters(generator, experiment)
     return generator
 
 
-def add_adapter(generator: Any, experiment: Experiment, name: str) -> None:
+def add_adapters(generator: Any, experiment: Experiment) -> None:
+    """Raises ValueError where the experiment's `lora` does not fit the generator."""
     from generators.lora_file import load_lora
 
-    lora, trainable = experiment.lora, name != AVERAGE
-    if lora.start_from is not None:
-        load_lora(generator.adapters, name, Path(lora.start_from), trainable=trainable)
-    else:
-        generator.adapters.add(
-            name, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=experiment.seed, trainable=trainable
-        )
+    lora, seed = experiment.lora, experiment.seed
+    for name in [
+        *ALGORITHMS[experiment.objective.algorithm].players,
+        *([AVERAGE] if experiment.optimizer.ema is not None else []),
+    ]:
+        trainable = name != AVERAGE
+        if lora.start_from is not None:
+            load_lora(generator.adapters, name, Path(lora.start_from), trainable=trainable)
+        else:
+            generator.adapters.add(name, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed, trainable=trainable)
 
 
 def set_threads(experiment: Experiment) -> None:
@@ -130,13 +153,61 @@ def with_guidance(predict: Predict, scale: float, negative: Condition) -> Predic
     return ask
 
 
-def build_rewards(entries: Sequence[dict[str, Any]], key: str) -> Mixture:
-    """`embedded:NAME` weights become folders here, because rewards cannot ask generators."""
+def located(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`embedded:NAME` in a reward's knobs becomes a folder here, because rewards cannot ask generators."""
 
-    def located(value: Any) -> Any:
+    def folder(value: Any) -> Any:
         return str(embedded(value)) if isinstance(value, str) and value.startswith("embedded:") else value
 
-    return build([{name: located(value) for name, value in entry.items()} for entry in entries], key)
+    return [{name: folder(value) for name, value in entry.items()} for entry in entries]
+
+
+def worker(experiment: Experiment, generator: Any, rollouts: RolloutsSection, group_size: int, **wishes: Any) -> RolloutWorker:
+    """What draws groups of `group_size` as the experiment says. rollouts: its own section, or another to draw otherwise."""
+    section = experiment.generator
+    return RolloutWorker(
+        generator,
+        solver=SOLVERS[rollouts.solver],
+        grid=generator.time_grid(rollouts.steps, section.height, section.width, rollouts.shift),
+        shape=generator.latent_shape(section.height, section.width),
+        guidance=section.guidance,
+        micro_batch=rows_of_a_call(group_size, micro_batch(experiment, generator)),
+        **wishes,
+    )
+
+
+class Evaluator:
+    """Draws held-out pictures and scores them with every reward, the trained mixture and the ones only looked at."""
+
+    def __init__(self, experiment: Experiment, generator: Any, rollouts: RolloutsSection) -> None:
+        """rollouts: the experiment's section, or another to evaluate with another solver."""
+        self.worker = worker(experiment, generator, rollouts, IMAGES_PER_PROMPT)
+        self.trained = build(located(experiment.rewards.train), "rewards.train")
+        labels = {entry["label"] for entry in experiment.rewards.train}
+        watched = [{**entry, "weight": 1.0} for entry in experiment.rewards.heldout if entry["label"] not in labels]
+        self.watched = build(located(watched), "rewards.heldout") if watched else None
+
+    @torch.no_grad()
+    def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
+        rollout = self.worker.draw(groups, adapter=adapter, version=None if adapter is None else 0)
+        trained = in_batches(self.trained, rollout, self.worker.micro_batch)
+        scores = {"total": trained.total, **trained.parts}
+        if self.watched is not None:
+            scores |= in_batches(self.watched, rollout, self.worker.micro_batch).parts
+        return Evaluated(
+            scores={name: value.cpu() for name, value in scores.items()},
+            diversity=diversity(self._features(rollout.images), IMAGES_PER_PROMPT),
+            pictures=pixels(rollout.images[::IMAGES_PER_PROMPT][:SHOWN]),
+            nfe=len(rollout.images) * self.worker.nfe,
+        )
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Of a CLIP among the rewards, or else the picture at 8x8 pixels: [B, D]."""
+        members = [*self.trained.members, *(self.watched.members if self.watched else [])]
+        for reward, _ in members:
+            if hasattr(reward, "image_features"):
+                return torch.cat([reward.image_features(part) for part in images.split(self.worker.micro_batch)])
+        return F.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
 class Sampler:
@@ -145,25 +216,14 @@ class Sampler:
     def __init__(self, experiment: Experiment, generator: Any | None = None) -> None:
         """generator: one to share, in a process that also learns; otherwise an own one is loaded."""
         self.generator = generator if generator is not None else new_generator(experiment)
-        section, rollouts = experiment.generator, experiment.rollouts
-        objective = new_objective(experiment)
-        common: dict[str, Any] = {
-            "solver": SOLVERS[rollouts.solver],
-            "grid": self.generator.time_grid(rollouts.steps, section.height, section.width, rollouts.shift),
-            "shape": self.generator.latent_shape(section.height, section.width),
-            "guidance": section.guidance,
+        objective, rollouts = new_objective(experiment), experiment.rollouts
+        size, record = objective.group_size, objective.record(rollouts.steps)
+        self.training = worker(experiment, self.generator, rollouts, size, initial_noise=objective.initial_noise, record=record)
+        self.evaluator = Evaluator(experiment, self.generator, rollouts)
+        self.units = {
+            "training": max(1, self.training.micro_batch // size),
+            "evaluation": max(1, self.evaluator.worker.micro_batch // IMAGES_PER_PROMPT),
         }
-        wishes: dict[str, Any] = {"initial_noise": objective.initial_noise, "record": objective.record(rollouts.steps)}
-        most = micro_batch(experiment, self.generator)
-        sizes = {"training": objective.group_size, "evaluation": IMAGES_PER_PROMPT}
-        rows = {kind: rows_of_a_call(size, most) for kind, size in sizes.items()}
-        self.units = {kind: max(1, rows[kind] // size) for kind, size in sizes.items()}
-        self.training = RolloutWorker(self.generator, **common, **wishes, micro_batch=rows["training"])
-        self.evaluation = RolloutWorker(self.generator, **common, micro_batch=rows["evaluation"])
-        self.trained = build_rewards(experiment.rewards.train, "rewards.train")
-        labels = {entry["label"] for entry in experiment.rewards.train}
-        watched = [{**entry, "weight": 1.0} for entry in experiment.rewards.heldout if entry["label"] not in labels]
-        self.watched = build_rewards(watched, "rewards.heldout") if watched else None
 
     def write(self, weights: dict[str, AdapterWeights]) -> None:
         for name, value in weights.items():
@@ -174,31 +234,17 @@ class Sampler:
         start = time.perf_counter()
         rollout = self.training.draw(groups, adapter="policy", version=version)
         drawn = time.perf_counter()
-        scores = in_batches(self.trained, rollout, self.training.micro_batch)
+        scores = in_batches(self.evaluator.trained, rollout, self.training.micro_batch)
         seconds = {"rollout": drawn - start, "reward": time.perf_counter() - drawn}
         return Sampled(rollout, scores, len(rollout.images) * self.training.nfe, seconds)
 
-    @torch.no_grad()
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
-        rollout = self.evaluation.draw(groups, adapter=adapter, version=None if adapter is None else 0)
-        trained = in_batches(self.trained, rollout, self.evaluation.micro_batch)
-        scores = {"total": trained.total, **trained.parts}
-        if self.watched is not None:
-            scores |= in_batches(self.watched, rollout, self.evaluation.micro_batch).parts
-        return Evaluated(
-            scores={name: value.cpu() for name, value in scores.items()},
-            diversity=diversity(self._features(rollout.images), IMAGES_PER_PROMPT),
-            images=rollout.images.cpu(),
-            nfe=len(rollout.images) * self.evaluation.nfe,
-        )
+        return self.evaluator.evaluate(groups, adapter)
 
-    def _features(self, images: Tensor) -> Tensor:
-        """Of a CLIP among the rewards, or else the picture at 8x8 pixels: [B, D]."""
-        members = [*self.trained.members, *(self.watched.members if self.watched else [])]
-        for reward, _ in members:
-            if hasattr(reward, "image_features"):
-                return torch.cat([reward.image_features(part) for part in images.split(self.evaluation.micro_batch)])
-        return F.adaptive_avg_pool2d(images, 8).flatten(1)
+
+def pixels(images: Tensor) -> Tensor:
+    """images [B, 3, H, W] float in [0, 1] -> [B, H, W, 3] uint8 on the CPU."""
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def in_batches(reward: RewardModel, rollout: Rollout, rows: int) -> Scores:

@@ -37,14 +37,27 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. Raises InputError if another one holds it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        """Hold the folder for this process. Raises InputError if another one holds it, or if it cannot be written to.
+
+        A new folder that turns out to hold no run, because the input was wrong, is removed again.
+        """
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be a run's folder: {error.strerror}") from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{self.path}: another process is running in this folder") from None
-            yield
+            try:
+                yield
+            except InputError:
+                if new and not self.metrics_file.exists():
+                    shutil.rmtree(self.path)
+                raise
 
     def claim(self, experiment: Experiment) -> None:
         """Write the experiment into a new folder, or check that an old one ran the same. Raises InputError if not."""
@@ -61,9 +74,8 @@ class RunFolder:
             raise InputError(
                 f"{self.path}: has {foreign[0]} but no experiment.yaml, so it is no run of ours. Give another --run-dir"
             )
-        temporary = file.with_suffix(".tmp")
-        write_experiment(experiment, temporary)
-        os.replace(temporary, file)
+        with replaced(file) as temporary:
+            write_experiment(experiment, temporary)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Raises ValueError for a number that is not finite: an unknown value is left out, never NaN."""
@@ -83,9 +95,8 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines after `step`, whose steps will be run again."""
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-        temporary = self.metrics_file.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.metrics_file)
+        with replaced(self.metrics_file) as temporary:
+            temporary.write_text("".join(kept))
 
     def checkpoints(self) -> dict[int, Path]:
         """{step: folder} of the whole ones, oldest first."""
@@ -110,11 +121,21 @@ class RunFolder:
         os.replace(partial, final)
 
     def prune_checkpoints(self, keep: int, best: int | None) -> None:
-        """Keep the newest `keep` and the best."""
-        steps = list(self.checkpoints())
-        for step in steps[:-keep]:
+        """Keep the newest `keep` and the best, and nothing that a cut left half written or half removed."""
+        found = self.checkpoints()
+        for step in list(found)[:-keep]:
             if step != best:
-                shutil.rmtree(self.checkpoints()[step])
+                os.replace(found[step], found[step].with_name(f"partial_{step:06d}"))
+        for partial in (self.path / "checkpoints").glob("partial_*"):
+            shutil.rmtree(partial)
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A path beside the file that takes its place when the block ends well, so that nobody ever sees half a file."""
+    temporary = file.with_suffix(".tmp")
+    yield temporary
+    os.replace(temporary, file)
 
 
 def _may_change(key: str) -> bool:

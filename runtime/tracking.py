@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 
-class Trackers:
-    """The trackers of a run; TensorBoard writes into the run folder's events/."""
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker whose package is not installed; packages are called as trackers are."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"run.trackers = {name!r}: the package {name} is not installed")
 
-    def __init__(self, names: Sequence[str], run_name: str, folder: Path) -> None:
-        """Raises ImportError where a tracker's package is missing, naming it."""
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        PartialState()  # the trackers ask it whether they are on the main process
-        self._trackers: list[Any] = []
+@contextmanager
+def trackers(
+    names: Sequence[str], run_name: str, folder: Path, done: int
+) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
+    """Opens them, and closes them however the block ends; yields what logs a step's line.
+
+    done: the step the run goes on from. TensorBoard, which writes into the run folder's events/, drops later ones it has.
+    """
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # the trackers ask it whether they are on the main process
+    opened: list[Any] = []
+    with ExitStack() as stack:
         for name in names:
             kind = LOGGER_TYPE_TO_CLASS[name]
-            if kind.requires_logging_directory:
-                self._trackers.append(kind("events" if name == "tensorboard" else run_name, folder))
+            if name == "tensorboard":
+                tracker = kind("events", folder, purge_step=done + 1)
             else:
-                self._trackers.append(kind(run_name))
-        for tracker in self._trackers:
+                tracker = kind(run_name, folder) if kind.requires_logging_directory else kind(run_name)
             tracker.start()
+            stack.callback(tracker.finish)
+            opened.append(tracker)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log({key: value for key, value in values.items() if key != "step"}, step=step)
+        def log(line: Mapping[str, Any], step: int) -> None:
+            for tracker in opened:
+                tracker.log({key: value for key, value in line.items() if key != "step"}, step=step)
 
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        yield log

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from align import ALGORITHMS
 from diffusion import SOLVERS, Prompt, sample_seed
-from rewards import REWARDS, knobs, scorer
+from generators.load import FAMILIES, family_class
+from rewards import REWARDS, check, knobs, scorer
 from rollouts.prompts import read_prompts
-from rollouts.worker import Group, seed_groups
-from runtime.config import Experiment, InputError, nearest, one_of, read_experiment, validated
-from runtime.learner import AVERAGE, load_adapters
-from runtime.loop import HELDOUT_ITERATION, Baseline, heldout_metrics
-from runtime.roles import IMAGES_PER_PROMPT, Sampler, new_generator
+from rollouts.worker import Group
+from runtime.config import (
+    Experiment,
+    GeneratorSection,
+    InputError,
+    RolloutsSection,
+    nearest,
+    one_of,
+    read_experiment,
+    validated,
+)
+from runtime.learner import load_adapters
+from runtime.loop import heldout_groups, heldout_metrics
+from runtime.roles import Evaluator, evaluated_adapter, located, new_generator, pixels, worker
 from runtime.run_folder import RunFolder
 
 FORMATS = ("diffusers",)
 
 
-def read_run(run_dir: Path, changes: Mapping[str, Any] | None = None) -> tuple[Experiment, RunFolder]:
-    """A run's experiment, with changed rollouts if any. Raises InputError for a folder that holds none."""
+def read_run(run_dir: Path) -> tuple[Experiment, RunFolder]:
+    """Raises InputError for a folder that holds no run."""
     if not (run_dir / "experiment.yaml").is_file():
         raise InputError(f"{run_dir}: no run there (no experiment.yaml)")
-    overrides = [f"{key}={value}" for key, value in (changes or {}).items() if value is not None]
-    return read_experiment(run_dir / "experiment.yaml", overrides), RunFolder(run_dir)
+    return read_experiment(run_dir / "experiment.yaml"), RunFolder(run_dir)
+
+
+def changed_rollouts(experiment: Experiment, **changes: Any) -> RolloutsSection:
+    """The experiment's rollouts but for the changes that are not None: what they ask of the objective does not matter now."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return validated({**experiment.rollouts.model_dump(), **given}, RolloutsSection)
 
 
 def trained_generator(experiment: Experiment, folder: RunFolder, step: int | None = None) -> tuple[Any, int]:
@@ -46,41 +63,38 @@ def trained_generator(experiment: Experiment, folder: RunFolder, step: int | Non
     return generator, step
 
 
-def trained_adapter(experiment: Experiment) -> str:
-    return "policy" if experiment.optimizer.ema is None else AVERAGE
-
-
 def draw_one(run_dir: Path, prompt: str, seed: int, steps: int | None, base: bool, out: Path) -> None:
-    experiment, folder = read_run(run_dir, {"rollouts.steps": steps})
+    experiment, folder = read_run(run_dir)
+    rollouts = changed_rollouts(experiment, steps=steps)
     generator, _ = trained_generator(experiment, folder)
     group = Group(Prompt("sample", prompt), seed, [sample_seed(seed, 0, prompt, 0)])
-    adapter = None if base else trained_adapter(experiment)
-    worker = Sampler(experiment, generator).evaluation
-    image = worker.draw([group], adapter=adapter, version=None if base else 0).images[0]
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    adapter = None if base else evaluated_adapter(experiment)
+    one = worker(experiment, generator, rollouts, group_size=1)
+    picture = pixels(one.draw([group], adapter=adapter, version=None if base else 0).images)[0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(out)
+    Image.fromarray(picture.numpy()).save(out)
 
 
 def evaluate_run(
     run_dir: Path, prompts: str | None, rewards: Sequence[str], steps: int | None, solver: str | None
 ) -> list[dict[str, str]]:
-    """One row a reward: the teacher's mean, the trained adapter's, on the same noise."""
-    experiment, folder = read_run(run_dir, {"rollouts.steps": steps, "rollouts.solver": solver})
-    if rewards:
-        raw = experiment.model_dump(mode="json")
-        raw["rewards"]["heldout"] = [*raw["rewards"]["heldout"], *({"name": name} for name in rewards)]
-        experiment = validated(raw)
+    """One row a reward: the teacher's mean, the trained adapter's, on the same noise. rewards: see `more_rewards`."""
+    experiment, folder = read_run(run_dir)
+    rollouts = changed_rollouts(experiment, steps=steps, solver=solver)
+    experiment = more_rewards(experiment, rewards)
     try:
+        check(located(experiment.rewards.heldout))
         texts = read_prompts(prompts or experiment.prompts.heldout)
     except ValueError as error:
         raise InputError(str(error)) from None
+    if len(texts) < 2:
+        raise InputError(f"{prompts or experiment.prompts.heldout}: has one prompt; at least 2 are needed")
     generator, _ = trained_generator(experiment, folder)
-    sampler = Sampler(experiment, generator)
+    evaluator = Evaluator(experiment, generator, rollouts)
     number = len(texts) if prompts else experiment.prompts.heldout_number
-    groups = seed_groups(texts[:number], IMAGES_PER_PROMPT, experiment.seed, HELDOUT_ITERATION)
-    base, result = sampler.evaluate(groups, None), sampler.evaluate(groups, trained_adapter(experiment))
-    line = heldout_metrics(result, Baseline(base.scores, base.images))
+    groups = heldout_groups(texts[:number], experiment.seed)
+    base, result = evaluator.evaluate(groups, None), evaluator.evaluate(groups, evaluated_adapter(experiment))
+    line = heldout_metrics(result, base)
     rows = [
         {"reward": label, "teacher": f"{line[f'heldout/base/{label}']:.4f}", "trained": f"{line[f'heldout/{label}']:.4f}"}
         for label in result.scores
@@ -89,6 +103,22 @@ def evaluate_run(
     rows.append({"reward": "standard error of the gain", "teacher": "", "trained": f"{line['heldout/total_se']:.4f}"})
     rows.append({"reward": "diversity", "teacher": f"{base.diversity:.4f}", "trained": f"{result.diversity:.4f}"})
     return rows
+
+
+def more_rewards(experiment: Experiment, texts: Sequence[str]) -> Experiment:
+    """The experiment with more held-out rewards, each text as an experiment would say it: `brightness`, several with commas
+    between them, or `{name: clip_score, weights: embedded:glyphs-clip}`. Those it has already stay as they are."""
+    raw = experiment.model_dump(mode="json")
+    known = {entry["label"] for entry in (*experiment.rewards.train, *experiment.rewards.heldout)}
+    for text in texts:
+        try:
+            entries = yaml.safe_load(f"[{text}]")
+        except yaml.YAMLError:
+            raise InputError(f"--rewards {text!r}: is neither names nor {{name: NAME, ...}}") from None
+        raw["rewards"]["heldout"] += [
+            {"name": entry} if isinstance(entry, str) else entry for entry in entries if str(entry) not in known
+        ]
+    return validated(raw, Experiment)
 
 
 def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -> Path:
@@ -105,7 +135,7 @@ def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -
         "rewards": ", ".join(f"{entry['weight']:g} {entry['label']}" for entry in experiment.rewards.train),
     }
     try:
-        return export_diffusers(generator, trained_adapter(experiment), out or run_dir / "export" / format, metadata)
+        return export_diffusers(generator, evaluated_adapter(experiment), out or run_dir / "export" / format, metadata)
     except ValueError as error:
         raise InputError(f"{run_dir}: {error}") from None
 
@@ -123,23 +153,25 @@ def reward_table() -> list[dict[str, str]]:
 
 def description(name: str) -> str:
     """The docstring, and the knobs with their defaults."""
-    known = [*ALGORITHMS, *REWARDS, *SOLVERS]
+    known = [*ALGORITHMS, *REWARDS, *SOLVERS, *FAMILIES]
     kind: Any
     config: type[BaseModel]
     if name in ALGORITHMS:
         kind, config = ALGORITHMS[name], ALGORITHMS[name].Config
-        text = inspect.getdoc(inspect.getmodule(kind))
     elif name in REWARDS:
         kind, config = scorer(name), knobs(name)
-        text = inspect.getdoc(inspect.getmodule(kind))
     elif name in SOLVERS:
         return inspect.getdoc(SOLVERS[name].step) or ""
+    elif name in FAMILIES:
+        kind, config = family_class(name), GeneratorSection
     else:
         try:
             one_of(name, known)
         except ValueError as error:
             raise InputError(f"{name!r} {error}") from None
-    lines = [
-        f"  {key} = {field.get_default()!r}\n      {field.description or ''}" for key, field in config.model_fields.items()
-    ]
-    return "\n".join([text or "", "", "Knobs:" if lines else "No knobs.", *lines])
+    lines = [f"  {key} {_default(field)}\n      {field.description or ''}" for key, field in config.model_fields.items()]
+    return "\n".join([inspect.getdoc(inspect.getmodule(kind)) or "", "", "Knobs:" if lines else "No knobs.", *lines])
+
+
+def _default(field: FieldInfo) -> str:
+    return "(must be given)" if field.is_required() else f"= {field.get_default()!r}"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from align import ALGORITHMS, NeighborGRPO, neighbor_grpo
-from align.neighbor_grpo import clipped_terms, group_advantages, log_policy, neighbor_noise
+from align.neighbor_grpo import clipped_terms, group_advantages, log_policy, neighbor_noise, spread_weights
 from diffusion import SOLVERS, Condition, RectifiedFlow, Rollout, Scores, VariancePreserving, integrate
 
 F64 = torch.float64
@@ -156,6 +156,24 @@ def test_advantages_do_not_see_the_rewards_scale_and_zero():
 
 
 # --- policy and clipped objective, eq. 8 and 9
+
+
+def test_spread_weights_by_hand():
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 3.0], [5.0, 5.5]])
+    torch.testing.assert_close(spread_weights(rewards), torch.tensor([1.0, 3.0, 0.5], dtype=F64) / 1.5)
+    torch.testing.assert_close(spread_weights(-3 * rewards + 7), spread_weights(rewards))
+
+
+def test_a_group_that_hardly_differs_hardly_counts_with_spread_weights():
+    scores = Scores(torch.tensor([0.0, 1.0, 0.0, 3.0, 5.0, 5.0]), {})  # the last group has no signal
+    rows = []
+    for weights in (False, True):
+        algorithm = objective(group_size=2, anchors=1, train_steps=1, spread_weights=weights)
+        rollout = draw(algorithm, Network(), groups=3)
+        rows.append(algorithm.items(rollout, scores, Network(), PATHS["flow"], generator()))
+    plain, weighted = rows
+    assert weighted.group.tolist() == plain.group.tolist() == [0, 1]
+    torch.testing.assert_close(weighted.advantages[:2], plain.advantages[:2] * torch.tensor([[0.5], [1.5]], dtype=F64))
 
 
 def test_the_policy_by_hand():

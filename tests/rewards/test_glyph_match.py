@@ -93,6 +93,23 @@ def test_scores_do_not_depend_on_the_batch(truth, truth_scores):
     assert torch.equal(GlyphMatch()(images[40:50], prompts(scenes[40:50])).total, truth_scores[40:50])
 
 
+def test_what_is_found_does_not_depend_on_the_batch(truth):
+    """To the last bit: a matrix product of a few rows may add up in another order than one of dozens."""
+    images = truth[1][:40]
+    for image, together in zip(images, find_things(images), strict=True):
+        (alone,) = find_things(image[None])
+        assert len(alone) == len(together)
+        for one, other in zip(alone, together, strict=True):
+            assert (one.x, one.y) == (other.x, other.y)
+            assert np.array_equal(one.color, other.color)
+            assert np.array_equal(one.glyphs, other.glyphs)
+
+
+def test_a_batch_with_nothing_in_it():
+    assert find_things(torch.zeros(0, 3, 32, 32)) == []
+    assert find_things(torch.zeros(2, 3, 32, 32)) == [[], []]
+
+
 def test_no_gradient_leaks(truth):
     scenes, images = truth
     assert not GlyphMatch()(images[:2].clone().requires_grad_(), prompts(scenes[:2])).total.requires_grad

@@ -84,7 +84,7 @@ def test_a_missing_key_is_named():
     raw = yaml.safe_load(QUICKSTART.read_text())
     del raw["prompts"]
     with pytest.raises(InputError, match="prompts: missing"):
-        validated(raw)
+        validated(raw, Experiment)
 
 
 @pytest.mark.parametrize("override", ["run.steps", "rewards.train.9.weight=1", "name.x=1"])

@@ -117,15 +117,25 @@ def test_the_average_follows_the_policy():
     one = learner(names=("policy", AVERAGE), ema=0.75, grad_clip=1e9)
     one.update(1, ROWS)
     torch.testing.assert_close(one.generator.adapters.parameters(AVERAGE)[0].data, torch.tensor([0.975, 0.975]))
-    assert one.evaluated == AVERAGE
 
 
-def test_saved_and_loaded_it_goes_on_the_same(tmp_path):
-    whole, first = learner(), learner()
+def test_accumulation_takes_the_mean_gradient_of_several_updates():
+    one, twice = learner(grad_clip=1e9, betas=(0.0, 0.0)), learner(grad_clip=1e9, betas=(0.0, 0.0), accumulation=2)
+    one.update(1, ROWS)
+    assert twice.update(1, ROWS)["grad_norm"] == pytest.approx(2 * 2**0.5)
+    assert twice.generator.adapters.parameters("policy")[0].tolist() == [1.0, 1.0]
+    assert twice.update(2, ROWS)["grad_norm"] == pytest.approx(4 * 2**0.5)
+    torch.testing.assert_close(*[learner.generator.adapters.parameters("policy")[0] for learner in (one, twice)])
+    assert twice.update(3, ROWS)["grad_norm"] == pytest.approx(one.update(2, ROWS)["grad_norm"] / 2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_saved_and_loaded_it_goes_on_the_same(tmp_path, accumulation):
+    whole, first = learner(accumulation=accumulation), learner(accumulation=accumulation)
     whole.update(1, ROWS)
     first.update(1, ROWS)
     first.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["optimizer_policy.pt", "policy.safetensors"]
-    second = learner()
+    second = learner(accumulation=accumulation)
     second.load(tmp_path)
     assert second.update(2, ROWS) == whole.update(2, ROWS)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rollouts.prompts import read_prompts
-from runtime.config import read_experiment
+from runtime.config import InputError, read_experiment
 from runtime.executor import InlineExecutor
 from runtime.loop import run
 from runtime.roles import rows_of_a_call
 from runtime.run_folder import RunFolder
+from runtime.trained import draw_one, evaluate_run
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
 SMALL = [
@@ -183,6 +185,83 @@ def test_ray_gives_the_same_bits_with_two_workers_of_which_one_is_killed(whole, 
     assert [line["heldout/total"] for line in folder.metrics() if "heldout/total" in line] == [
         line["heldout/total"] for line in whole.metrics() if "heldout/total" in line
     ]
+
+
+def test_a_worker_that_hangs_is_replaced_at_the_deadline(whole, tmp_path):
+    from runtime.remote import RayExecutor
+
+    experiment = small("rollouts.deadline=8")
+    executor = RayExecutor(experiment)
+    first = executor.processes()
+
+    def hang(line):
+        if line["step"] == 2:
+            os.kill(first[0], signal.SIGSTOP)
+
+    folder, _ = go(experiment, tmp_path / "ray", executor, show=hang)
+    assert same(folder, whole)
+
+
+def test_the_teacher_is_evaluated_once_in_the_life_of_a_run(tmp_path, monkeypatch):
+    asked = []
+    original = InlineExecutor.evaluate
+
+    def evaluate(self, groups, adapter):
+        asked.append(adapter)
+        return original(self, groups, adapter)
+
+    monkeypatch.setattr(InlineExecutor, "evaluate", evaluate)
+    go(small("run.steps=2"), tmp_path / "run")
+    folder, _ = go(small("run.steps=4"), tmp_path / "run")
+    assert asked == [None, "average", "average"]
+    lines = [line for line in folder.metrics() if "heldout/total" in line]
+    assert [line["nfe/teacher"] for line in lines] == [36, 54]  # 3 prompts, 2 pictures, 3 steps
+    assert lines[0]["heldout/base/glyph_match"] == lines[1]["heldout/base/glyph_match"]
+
+
+def test_tensorboard_has_a_rewound_step_once(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.loop.checkpoint", lambda *_: None)
+        go(small("run.steps=3", "run.evaluate_every=3"), tmp_path / "run")
+    folder, _ = go(small("run.steps=3", "run.evaluate_every=3"), tmp_path / "run")
+    events = EventAccumulator(str(folder.path / "events")).Reload().Scalars("grad_norm")
+    assert [event.step for event in events] == [1, 2, 3]
+
+
+def test_a_run_is_drawn_from_and_evaluated_with_fewer_steps_than_were_trained(whole, tmp_path):
+    draw_one(whole.path, "a red circle", 3, 1, False, tmp_path / "new" / "one.png")
+    assert Image.open(tmp_path / "new" / "one.png").size == (32, 32)
+    rewards = ["glyph_match, brightness", "{name: clip_score, label: again, weights: embedded:glyphs-clip}"]
+    rows = evaluate_run(whole.path, None, rewards, 1, "euler")
+    labels = ["total", "glyph_match", "clip_score", "brightness", "again"]
+    assert [row["reward"] for row in rows] == [*labels, "win rate of total", "standard error of the gain", "diversity"]
+    assert rows[2] == rows[4] | {"reward": "clip_score"}
+    whole_rows = evaluate_run(whole.path, None, [], None, None)
+    last = whole.metrics()[-1]
+    assert whole_rows[0] == {
+        "reward": "total",
+        "teacher": f"{last['heldout/base/total']:.4f}",
+        "trained": f"{last['heldout/total']:.4f}",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"solver": "eular"}, "'euler'"),
+        ({"rewards": ["brightnes"]}, "brightnes"),
+        ({"rewards": ["{name"]}, "{name"),
+        ({"prompts": "no/such.txt"}, "no/such.txt"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line(whole, change, words):
+    with pytest.raises(InputError) as caught:
+        evaluate_run(whole.path, **{"prompts": None, "rewards": [], "steps": None, "solver": None} | change)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_groups_are_split_where_micro_batches_end():

@@ -53,6 +53,42 @@ def test_a_folder_with_somebody_elses_metrics_is_left_alone(folder):
     assert folder.metrics_file.read_text() == "theirs"
 
 
+def test_a_new_folder_without_a_run_goes_away_and_an_old_one_stays(tmp_path):
+    new, old = RunFolder(tmp_path / "new"), RunFolder(tmp_path / "old")
+    old.path.mkdir()
+
+    def fail(folder):
+        with folder.locked():
+            folder.claim(read_experiment(QUICKSTART))
+            raise InputError("wrong")
+
+    for folder in (new, old):
+        with pytest.raises(InputError, match="wrong"):
+            fail(folder)
+    assert not new.path.exists()
+    assert old.path.exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("theirs")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="cannot be a run's folder"), RunFolder(path).locked():
+            pass
+
+
+def test_what_a_cut_left_of_a_checkpoint_is_cleared(folder):
+    (folder.path / "checkpoints" / "partial_000001").mkdir(parents=True)
+    for step in (2, 3, 4, 5):
+        with folder.new_checkpoint(step) as path:
+            (path / "file").write_text("x")
+    folder.prune_checkpoints(keep=2, best=3)
+    assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == [
+        "step_000003",
+        "step_000004",
+        "step_000005",
+    ]
+
+
 def test_metrics_are_whole_lines_and_rewind(folder):
     for step in (1, 2, 3):
         folder.append_metrics({"step": step, "loss": 0.5})

@@ -1,0 +1,71 @@
+"""Everything that can be found wrong with an experiment before a network is loaded. All errors are InputErrors of one line."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffusion import Prompt
+from generators import outline
+from rewards import check
+from rollouts.prompts import read_prompts
+from runtime.config import Experiment, InputError
+from runtime.tracking import check_trackers
+
+if TYPE_CHECKING:
+    from generators.sd3 import SD3Generator
+
+
+def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], list[Prompt], SD3Generator]:
+    """The prompts to train on, the held-out ones, and the generator's outline under the experiment's adapters."""
+    from runtime.roles import add_adapters, located
+
+    section, rollouts = experiment.generator, experiment.rollouts
+    with _blamed("prompts"):
+        train, heldout = read_prompts(experiment.prompts.train), read_prompts(experiment.prompts.heldout)
+    with _blamed("run"):
+        check_trackers(experiment.run.trackers)
+        # Ray's workers may be elsewhere; there the cluster is asked when it is there.
+        if executor == "inline" and experiment.run.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {experiment.run.device!r}: this torch sees no GPU here; allowed: auto, cpu")
+    with _blamed("rewards"):
+        check(located([*experiment.rewards.train, *experiment.rewards.heldout]))
+    with _blamed("generator"):
+        generator = outline(section.weights, section.family)
+        generator.latent_shape(section.height, section.width)
+    with _blamed("rollouts"):
+        generator.time_grid(rollouts.steps, section.height, section.width, rollouts.shift)
+    with _blamed("lora"):
+        add_adapters(generator, experiment)
+    if len(heldout) < 2:
+        raise InputError(f"prompts.heldout = {experiment.prompts.heldout!r}: has one prompt; at least 2 are needed")
+    _warn(experiment, train, heldout)
+    return train, heldout, generator
+
+
+def _warn(experiment: Experiment, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    if both := {prompt.text for prompt in train} & {prompt.text for prompt in heldout}:
+        print(f"odeon: {len(both)} prompts are in prompts.train and prompts.heldout, e.g. {min(both)!r}", file=sys.stderr)
+    trained = {entry["label"] for entry in experiment.rewards.train}
+    if not {entry["label"] for entry in experiment.rewards.heldout} - trained:
+        print("odeon: every held-out reward is trained; nothing watches for reward hacking", file=sys.stderr)
+
+
+@contextmanager
+def _blamed(section: str) -> Iterator[None]:
+    """What is wrong inside the block is the fault of this section of the experiment."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        raise InputError(message if message.startswith(section) else f"{section}: {message}") from None
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """sha256 of what prompts say, in their order."""
+    return hashlib.sha256("\0".join(f"{prompt.id}\0{prompt.text}" for prompt in prompts).encode()).hexdigest()

@@ -1,0 +1,72 @@
+"""SIGINT and SIGTERM: while steps run they end the run after the step under way, at all other times at once.
+
+Either way the process ends with 128 + the signal's number, 130 or 143.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def signals_end_the_process() -> Iterator[None]:
+    """Both signals raise SystemExit, so that whatever is open is closed on the way out."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    with _handled(end):
+        yield
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """A signal is noted for the loop to read; a second one ends the process on the spot.
+
+    A signal to the whole process group, as schedulers send it, also ends the cluster that Ray started here. Then the step under
+    way fails: that is no failure of the run.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if noted:
+            os._exit(128 + number)
+        noted.append(number)
+
+    with _handled(note):
+        try:
+            yield noted
+        except Exception as error:
+            if not noted:
+                raise
+            print(f"odeon: the step under way could not end ({type(error).__name__}); it will be run again", file=sys.stderr)
+            raise SystemExit(128 + noted[0]) from None
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Whatever the block does to the handlers is undone after it; `ray.init` brings one of its own that exits with 15."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    with signals_kept():
+        _set(dict.fromkeys(SIGNALS, handler))
+        yield
+
+
+def _set(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

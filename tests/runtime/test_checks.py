@@ -1,0 +1,63 @@
+"""What is wrong with an experiment is found before a network is loaded, and said in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from generators import load
+from generators.export import export_diffusers
+from runtime.checks import check_inputs
+from runtime.config import InputError, read_experiment
+
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("generator.weights=no/such/folder", "no/such/folder"),
+        ("generator.height=33", "generator: height 33 is not allowed here: multiples of 8 up to 64"),
+        ("lora.targets=atn", "lora: target 'atn' matches no linear layer; did you mean 'attn'"),
+        ("lora.start_from=no/such/lora", "lora: LoRA 'no/such/lora': there is no"),
+        ("rewards.heldout=[{name: clip_score, weights: no/such/clip}]", "no/such/clip"),
+        ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyph-clip'}]", "did you mean 'glyphs-clip'"),
+        ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyphs'}]", "no config.json there"),
+        ("run.trackers=[wandb]", "run.trackers = 'wandb': the package wandb is not installed"),
+        ("run.device=cuda:3", "run: device 'cuda:3': this torch sees no GPU here"),
+        ("prompts.train=no/such.txt", "no/such.txt"),
+        ("prompts.heldout=ONE", "has one prompt; at least 2 are needed"),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_it(override, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.tracking.find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "one.txt").write_text("a red circle")
+    experiment = read_experiment(QUICKSTART, [override.replace("ONE", str(tmp_path / "one.txt"))])
+    with pytest.raises(InputError) as caught:
+        check_inputs(experiment, "inline")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_outline_is_the_generator_without_its_weights(tmp_path):
+    train, heldout, outline = check_inputs(read_experiment(QUICKSTART), "inline")
+    assert (len(train), len(heldout)) == (2000, 200)
+    whole = load("embedded:glyphs")
+    assert outline.time_grid(5).equal(whole.time_grid(5))
+    assert outline.latent_shape() == whole.latent_shape()
+    assert outline.adapters.linear == whole.adapters.linear
+    assert all(parameter.is_meta for parameter in outline.transformer.parameters())
+
+    whole.adapters.add("policy", rank=2, alpha=4, targets="attn")
+    for parameter in whole.adapters.parameters("policy"):
+        parameter.data.fill_(0.01)
+    file = export_diffusers(whole, "policy", tmp_path, {})
+    *_, outline = check_inputs(read_experiment(QUICKSTART, [f"lora.start_from={file}"]), "inline")
+    assert outline.adapters.lora("policy") == whole.adapters.lora("policy")
+
+
+def test_prompts_both_trained_on_and_held_out_are_told(capsys):
+    check_inputs(read_experiment(QUICKSTART, ["prompts.heldout=embedded:glyphs/train", "rewards.heldout=[]"]), "ray")
+    told = capsys.readouterr().err
+    assert "2000 prompts are in prompts.train and prompts.heldout" in told
+    assert "nothing watches for reward hacking" in told
