@@ -21,9 +21,9 @@ BIN := .venv/bin
 
 quickstart: .venv/installed
 	$(BIN)/odeon launch experiments/quickstart.yaml
-	$(BIN)/odeon compare runs/quickstart
+	$(BIN)/odeon compare runs/quickstart --out runs/quickstart/curve.png
 	$(BIN)/odeon export runs/quickstart
-	@echo "curve     runs/quickstart/report.html"
+	@echo "curves    runs/quickstart/report.html, the main ones in runs/quickstart/curve.png"
 	@echo "pictures  runs/quickstart/samples/ (teacher above, trained below)"
 	@echo "LoRA      runs/quickstart/export/diffusers/"
 

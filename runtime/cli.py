@@ -68,21 +68,23 @@ def compare(
     run_dirs: Annotated[list[Path], typer.Argument(help="runs' folders")],
     metric: Annotated[str | None, typer.Option(help="this one only")] = None,
     x: Annotated[str, typer.Option(help="step, seconds or nfe")] = "step",
-    out: Annotated[Path | None, typer.Option(help="an interactive page")] = None,
+    out: Annotated[Path | None, typer.Option(help="an interactive page, .html, or a picture: .png, .svg, .pdf")] = None,
 ) -> None:
-    """A table of runs, and a page with their curves."""
-    from runtime.compare import AXES, print_table, read_runs, write_report
+    """A table of runs, and a page or a picture with their curves."""
+    from runtime.compare import AXES, WRITERS, print_table, read_runs
     from runtime.config import InputError, nearest
 
     if x not in AXES:
         raise InputError(f"--x {x!r}: is not known{nearest(x, AXES)}")
+    if out is not None and out.suffix not in WRITERS:
+        raise InputError(f"--out {str(out)!r}: ends in no known format{nearest(out.suffix, WRITERS)}")
     runs = read_runs(run_dirs)
     keys = {key for lines in runs.values() for line in lines for key in line}
     if metric is not None and metric not in keys:
         raise InputError(f"--metric {metric!r}: is in none of the runs{nearest(metric, keys)}")
     print_table(runs)
     if out is not None:
-        write_report(runs, out, x, metric)
+        WRITERS[out.suffix](runs, out, x, metric)
         print(f"wrote {out}")
 
 

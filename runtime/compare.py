@@ -1,4 +1,4 @@
-"""Curves of one run or several: a self-contained page with interactive plots, and a table for the terminal."""
+"""Curves of one run or several: a self-contained page with interactive plots, a picture, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from runtime.config import InputError
 from runtime.run_folder import RunFolder, replaced
 
 AXES = {"step": "training step", "seconds": "seconds", "nfe": "network evaluations of training"}
+MEAN_OF = 10
 Lines = Sequence[Mapping[str, Any]]
 STYLE = """
 body { font-family: sans-serif; margin: 1.5em auto; max-width: 1250px; }
@@ -70,6 +71,50 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
         temporary.write_text(page)
 
 
+def write_picture(runs: Mapping[str, Lines], path: Path, axis: str = "step", metric: str | None = None) -> None:
+    """The rewards and the diversity side by side as a picture, for a README or a paper; or one metric."""
+    from matplotlib.figure import Figure
+
+    keys = [metric] if metric else [key for key in _metrics_in_order(runs) if _in_picture(key, runs)]
+    figure = Figure(figsize=(4 * len(keys), 3), layout="constrained")
+    for key, plot in zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True):
+        for i, (name, lines) in enumerate(runs.items()):
+            points, x, error, base = _curve(lines, key, axis)
+            y = [line[key] for line in points]
+            if error:
+                plot.errorbar(x, y, error, color=f"C{i}", capsize=2, marker=".", label=name)
+            elif key.startswith("reward/"):
+                plot.plot(x, y, color=f"C{i}", alpha=0.3)
+                plot.plot(x, _running_mean(y), color=f"C{i}", label=f"{name}, mean of {MEAN_OF} steps")
+            else:
+                plot.plot(x, y, color=f"C{i}", marker=".", label=name)
+            if base:
+                plot.plot(x, base, color=f"C{i}", linestyle="--", label=f"{name}: teacher")
+        plot.set(title=key, xlabel=AXES[axis])
+        plot.grid(alpha=0.3)
+        plot.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+WRITERS = {".html": write_report, ".png": write_picture, ".svg": write_picture, ".pdf": write_picture}
+
+
+def _in_picture(key: str, runs: Mapping[str, Lines]) -> bool:
+    """The rewards and the diversity, but no label that is the whole mixture over again."""
+    if key in ("heldout/total", "reward/total", "diversity"):
+        return True
+    if not key.startswith("heldout/") or key == "heldout/win_rate":
+        return False
+    return any(line[key] != line["heldout/total"] for lines in runs.values() for line in lines if key in line)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Of the last MEAN_OF values at most."""
+    windows = (values[max(0, i + 1 - MEAN_OF) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def summary(name: str, lines: Lines) -> dict[str, str]:
     """What one row of the table says of a run."""
     first, last = lines[0], lines[-1]
@@ -119,22 +164,25 @@ def _all_keys(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _metrics_in_order(runs: Mapping[str, Lines]) -> list[str]:
     keys = dict.fromkeys(key for lines in runs.values() for line in lines for key in line)
-    plotted = [
-        key for key in keys if key not in ("step", "seconds", "heldout/total_se") and not key.startswith("heldout/base/")
-    ]
+    elsewhere = ("step", "seconds", "heldout/total_se", "diversity/base")
+    plotted = [key for key in keys if key not in elsewhere and not key.startswith("heldout/base/")]
     first = ("heldout/total", "reward/total", "heldout/", "reward/", "diversity")
     return sorted(plotted, key=lambda key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)))
 
 
 def _add_curve(figure: Any, name: str, lines: Lines, key: str, axis: str) -> None:
-    """The curve, and for a held-out reward the frozen teacher's as a dashed line."""
-    points = [line for line in lines if key in line]
-    x = [abscissa(line, axis) for line in points]
-    error = None
-    if key == "heldout/total":
-        error = {"type": "data", "array": [line["heldout/total_se"] for line in points]}
+    points, x, error, base = _curve(lines, key, axis)
+    bars = {"type": "data", "array": error} if error else None
     mode = "lines+markers" if key.startswith(("heldout/", "diversity")) else "lines"
-    figure.add_scatter(x=x, y=[line[key] for line in points], name=name, mode=mode, error_y=error)
-    base = key.replace("heldout/", "heldout/base/")
-    if base != key and points and base in points[0]:
-        figure.add_scatter(x=x, y=[line[base] for line in points], name=f"{name}: teacher", mode="lines", line={"dash": "dash"})
+    figure.add_scatter(x=x, y=[line[key] for line in points], name=name, mode=mode, error_y=bars)
+    if base:
+        figure.add_scatter(x=x, y=base, name=f"{name}: teacher", mode="lines", line={"dash": "dash"})
+
+
+def _curve(lines: Lines, key: str, axis: str) -> tuple[Lines, list[float], list[float] | None, list[float] | None]:
+    """The lines that have the metric, their abscissas, the standard errors and the frozen teacher's values, if any."""
+    points = [line for line in lines if key in line]
+    error = [line["heldout/total_se"] for line in points] if key == "heldout/total" else None
+    base = "diversity/base" if key == "diversity" else key.replace("heldout/", "heldout/base/")
+    teacher = [line[base] for line in points] if base != key and points and base in points[0] else None
+    return points, [abscissa(line, axis) for line in points], error, teacher

@@ -160,7 +160,7 @@ def heldout_metrics(result: Evaluated, teacher: Evaluated) -> dict[str, float]:
     per_prompt = difference.view(-1, IMAGES_PER_PROMPT).mean(dim=1)
     line["heldout/total_se"] = (per_prompt.std() / len(per_prompt) ** 0.5).item()
     line["heldout/win_rate"] = ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
-    line["diversity"] = result.diversity
+    line |= {"diversity": result.diversity, "diversity/base": teacher.diversity}
     return line
 
 

@@ -1,8 +1,9 @@
 import json
 
 import pytest
+from PIL import Image
 
-from runtime.compare import abscissa, read_runs, summary, write_report
+from runtime.compare import _running_mean, abscissa, read_runs, summary, write_picture, write_report
 from runtime.config import InputError
 
 
@@ -46,6 +47,18 @@ def test_summary_says_what_changed(run):
 def test_the_axes(run):
     (lines,) = read_runs([run]).values()
     assert [abscissa(lines[0], axis) for axis in ("step", "seconds", "nfe")] == [1, 30.0, 110]
+
+
+def test_the_picture_shows_what_is_trained_and_what_is_held_out(run, tmp_path):
+    assert _running_mean([1.0, 2.0, 6.0]) == [1.0, 1.5, 3.0]
+    assert _running_mean([0.0] * 5 + [1.0] * 10)[-1] == 1.0
+    write_picture(read_runs([run]), tmp_path / "new" / "curve.svg")
+    text = (tmp_path / "new" / "curve.svg").read_text()
+    for title in ("heldout/total", "reward/total"):
+        assert f"<!-- {title} -->" in text  # as matplotlib notes what its letters say
+    assert "<!-- loss -->" not in text
+    write_picture(read_runs([run]), tmp_path / "loss.png", metric="loss")
+    assert Image.open(tmp_path / "loss.png").size == (440, 330)
 
 
 def test_the_page_needs_no_network_and_escapes_names(run, tmp_path):
