@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from generators.outline import Outline, read_outline
+
 if TYPE_CHECKING:
     from generators.sd3 import SD3Generator
 
 FAMILIES = {"sd3": "StableDiffusion3Pipeline"}
 """{family: the diffusers pipeline its weights belong to}"""
-OUTLINE = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-"""What `outline` reads beside model_index.json."""
 DTYPES = ("float32", "bfloat16")
 _GLYPHS = Path(__file__).parent / "glyphs"
 EMBEDDED = {"glyphs": _GLYPHS / "pipeline", "glyphs-clip": _GLYPHS / "clip"}
@@ -63,20 +63,11 @@ def load(
     )
 
 
-def outline(weights: str, family: str = "sd3") -> SD3Generator:
-    """The generator without its weights, for whoever asks for sizes, time grids and layers before the heavy part starts."""
+def outline(weights: str, family: str = "sd3") -> Outline:
+    """The generator's sizes, layers and scheduler, for whoever asks before the heavy part starts."""
     folder = resolve(weights, family)
-    if _on_hub(weights):
-        from huggingface_hub import hf_hub_download
-
-        with _hub_errors(weights):
-            for name in OUTLINE:
-                hf_hub_download(weights, name)
-    if missing := [name for name in OUTLINE if not (folder / name).is_file()]:
-        raise ValueError(f"weights {weights!r}: no {missing[0]} there")
-    from generators.sd3 import outline_sd3
-
-    return outline_sd3(folder)
+    with _hub_errors(weights):
+        return read_outline(folder, weights if _on_hub(weights) else None)
 
 
 def family_class(family: str) -> type[SD3Generator]:

@@ -13,7 +13,6 @@ kept out:
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from generators.adapter_weights import AdapterWeights, manifest_of
+from generators.targets import match
 
 DTYPE = torch.float32
 
@@ -50,7 +50,7 @@ class Adapters:
         network.requires_grad_(False)
         self.network = network
         self.active: str | None = None
-        self._short_names = {**short_names, "all-linear": ".*"}
+        self._short_names = short_names
         self.linear = {
             name: (module.in_features, module.out_features)
             for name, module in network.named_modules()
@@ -109,33 +109,8 @@ class Adapters:
                 yield f"{module}.{part}.weight", parameter
 
     def match(self, targets: str | Sequence[str]) -> tuple[str, ...]:
-        """The linear layers that any of the targets names, in the network's order.
-
-        A target is a short name ("attn", "ff", ..., "all-linear"), a layer's name or the end of it from a dot on
-        ("attn.to_q"), or a regular expression for such a name. Raises ValueError if one of them matches nothing.
-        """
-        found: set[str] = set()
-        if not targets:
-            raise ValueError(f"targets {targets!r}: at least one is needed, for example 'attn'")
-        for target in [targets] if isinstance(targets, str) else targets:
-            try:
-                pattern = re.compile(rf"(.*\.)?({self._short_names.get(target, target)})")
-            except re.error as error:
-                raise ValueError(f"target {target!r} is no valid pattern: {error}") from None
-            matched = {name for name in self.linear if pattern.fullmatch(name)}
-            if not matched:
-                raise ValueError(self._unknown_target(target))
-            found |= matched
-        return tuple(name for name in self.linear if name in found)
-
-    def _unknown_target(self, target: str) -> str:
-        layers = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name, count=1) for name in self.linear))
-        close = difflib.get_close_matches(target, [*self._short_names, *(name.rsplit(".", 1)[-1] for name in layers)], n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        return (
-            f"target {target!r} matches no linear layer{hint} Allowed are {', '.join(self._short_names)}, "
-            f"or names and patterns of {', '.join(layers)}"
-        )
+        """The linear layers that any of the targets names; see `generators.targets.match`."""
+        return match(targets, self.linear, self._short_names)
 
     @property
     def names(self) -> tuple[str, ...]:

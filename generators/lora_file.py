@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from generators.adapter_weights import difference
-from generators.lora import Adapters, Lora
 
-FILE_NAME = LORA_WEIGHT_NAME_SAFE
+if TYPE_CHECKING:
+    from generators.lora import Adapters, Lora
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"
+"""Both are diffusers' words, which it would take seconds to import for."""
 PREFIX = "transformer."
 A, B = ".lora_A.weight", ".lora_B.weight"
 VARIANTS = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
@@ -39,17 +45,28 @@ def save_lora(adapters: Adapters, name: str, path: Path, metadata: Mapping[str, 
             "format": "pt",
             "rank": str(lora.rank),
             "alpha": str(lora.alpha),
-            LORA_ADAPTER_METADATA_KEY: json.dumps({PREFIX + key: value for key, value in config.items()}),
+            METADATA_KEY: json.dumps({PREFIX + key: value for key, value in config.items()}),
         },
     )
 
 
-@torch.no_grad()
-def load_lora(adapters: Adapters, name: str, path: Path, *, trainable: bool = True) -> Lora:
-    """Add an adapter that starts from a file, or from a folder that holds `pytorch_lora_weights.safetensors`.
+@dataclass(frozen=True)
+class LoraFile:
+    """What a file holds, found to fit a network."""
 
-    Rank and layers are the file's, alpha too (its rank where it says none). Raises ValueError, having added nothing, for a
-    file that is not there, not in the layout, or does not fit the network.
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+    """in the network's order"""
+    tensors: dict[str, Tensor]
+    """{PREFIX + module + A or B: float}"""
+
+
+def read_lora(path: Path, linear: Mapping[str, tuple[int, int]]) -> LoraFile:
+    """A file, or a folder that holds `pytorch_lora_weights.safetensors`. linear: the network's, {layer: (inputs, outputs)}.
+
+    Rank and layers are the file's, alpha too (its rank where it says none). Raises ValueError for a file that is not there,
+    not in the layout, or does not fit the network.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
@@ -60,23 +77,25 @@ def load_lora(adapters: Adapters, name: str, path: Path, *, trainable: bool = Tr
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"LoRA {str(path)!r} is no whole safetensors file: {error}") from None
-    config = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    config = json.loads(metadata.get(METADATA_KEY, "{}"))
     if variants := [key for key in VARIANTS if config.get(PREFIX + key)]:
         raise ValueError(f"LoRA {str(path)!r} is not plain: it sets {', '.join(variants)}")
     ranks = {key.removeprefix(PREFIX).removesuffix(A): len(tensor) for key, tensor in tensors.items() if key.endswith(A)}
-    modules = [module for module in adapters.linear if module in ranks]
+    modules = tuple(module for module in linear if module in ranks)
     rank = ranks[modules[0]] if modules else 0
-    shapes = {PREFIX + module + A: (rank, adapters.linear[module][0]) for module in modules}
-    shapes |= {PREFIX + module + B: (adapters.linear[module][1], rank) for module in modules}
+    shapes = {PREFIX + module + A: (rank, linear[module][0]) for module in modules}
+    shapes |= {PREFIX + module + B: (linear[module][1], rank) for module in modules}
     if problem := difference({key: tuple(tensor.shape) for key, tensor in tensors.items()}, shapes):
         raise ValueError(f"LoRA {str(path)!r} does not fit this network at one rank: {problem}")
-    lora = adapters.add(
-        name,
-        rank=rank,
-        alpha=config.get(PREFIX + "lora_alpha", rank),
-        targets=[re.escape(module) for module in modules],
-        trainable=trainable,
-    )
+    return LoraFile(rank, config.get(PREFIX + "lora_alpha", rank), modules, tensors)
+
+
+@torch.no_grad()
+def load_lora(adapters: Adapters, name: str, path: Path, *, trainable: bool = True) -> Lora:
+    """Add an adapter that starts from what `read_lora` finds. Raises ValueError as it does, having added nothing."""
+    file = read_lora(path, adapters.linear)
+    targets = [re.escape(module) for module in file.modules]
+    lora = adapters.add(name, rank=file.rank, alpha=file.alpha, targets=targets, trainable=trainable)
     for key, parameter in adapters.named_parameters(name).items():
-        parameter.copy_(tensors[PREFIX + key])
+        parameter.copy_(file.tensors[PREFIX + key])
     return lora

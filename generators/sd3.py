@@ -17,23 +17,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import Condition, RectifiedFlow, time_grid
 from generators.lora import Adapters
+from generators.outline import check_shift, latent_shape
+from generators.targets import SHORT_NAMES
 
-_FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
-SHORT_NAMES = {
-    "attn": r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
-    "ff": _FEED_FORWARD,
-    "mlp": _FEED_FORWARD,
-}
-"""What `targets` of an adapter may say; attn2 is the second, image-only attention of SD3.5 medium."""
 T5_TOKENS = 256
 """diffusers' own default."""
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -71,7 +65,7 @@ class SD3Generator:
                 network.requires_grad_(False).eval()
         self.pipeline = pipeline
         self.transformer = pipeline.transformer
-        self.adapters = Adapters(self.transformer, SHORT_NAMES)
+        self.adapters = Adapters(self.transformer, SHORT_NAMES["sd3"])
         self.device: torch.device = pipeline.device
         self.dtype: torch.dtype = self.transformer.dtype
         self.max_sequence_length = max_sequence_length
@@ -149,18 +143,8 @@ class SD3Generator:
         return (mean - config.shift_factor) * config.scaling_factor
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture in pixels, by default of the size the model was made for.
-
-        Raises ValueError for a size that the patches do not cover or the positional embedding does not reach.
-        """
-        config, factor = self.transformer.config, self.pipeline.vae_scale_factor
-        step, most = factor * config.patch_size, factor * config.patch_size * config.pos_embed_max_size
-        own = factor * config.sample_size
-        size = {"height": own if height is None else height, "width": own if width is None else width}
-        for side, pixels in size.items():
-            if pixels % step or not 0 < pixels <= most:
-                raise ValueError(f"{side} {pixels} is not allowed here: multiples of {step} up to {most}")
-        return config.in_channels, size["height"] // factor, size["width"] // factor
+        """(C, h, w) of the latents of a picture in pixels; see `generators.outline.latent_shape`."""
+        return latent_shape(self.transformer.config, self.pipeline.vae_scale_factor, height, width)
 
     def time_grid(self, steps: int, height: int | None = None, width: int | None = None, shift: float | None = None) -> Tensor:
         """The times the stock pipeline would visit, [S+1] float64 from noise to 0: those of its own scheduler.
@@ -168,8 +152,7 @@ class SD3Generator:
         height, width: pixels; they matter where the scheduler's shift depends on the resolution.
         shift: a fixed one instead of the scheduler's.
         """
-        if shift is not None and "shift" not in self.pipeline.scheduler.config:
-            raise ValueError(f"shift {shift}: a {type(self.pipeline.scheduler).__name__} has none; leave it to the scheduler")
+        check_shift({"_class_name": type(self.pipeline.scheduler).__name__, **self.pipeline.scheduler.config}, shift)
         overridden = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config, **overridden)
         scheduler.set_timesteps(steps, **self._dynamic_shift(scheduler.config, height, width))
@@ -183,21 +166,6 @@ class SD3Generator:
         tokens = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return {"mu": calculate_shift(tokens, *(config[name] for name in names))}
-
-
-def outline_sd3(folder: Path) -> SD3Generator:
-    """A generator that knows sizes, time grids and layers, and has no weights: it takes no memory and predicts nothing.
-
-    folder: with the configs of transformer, VAE and scheduler.
-    """
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-    scheduler_class = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["scheduler"][1])
-    texts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-    pipeline = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **texts, **WITHOUT_T5)
-    return SD3Generator(pipeline, max_sequence_length=0)
 
 
 def load_sd3(

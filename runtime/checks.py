@@ -6,24 +6,24 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 
 from diffusion import Prompt
 from generators import outline
+from generators.lora_file import read_lora
+from generators.outline import Outline
+from generators.targets import SHORT_NAMES, match
 from rewards import check
 from rollouts.prompts import read_prompts
 from runtime.config import Experiment, InputError
 from runtime.tracking import check_trackers
 
-if TYPE_CHECKING:
-    from generators.sd3 import SD3Generator
 
-
-def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], list[Prompt], SD3Generator]:
-    """The prompts to train on, the held-out ones, and the generator's outline under the experiment's adapters."""
-    from runtime.roles import add_adapters, located
+def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], list[Prompt], Outline]:
+    """The prompts to train on, the held-out ones, and the generator's outline."""
+    from runtime.roles import located
 
     section, rollouts = experiment.generator, experiment.rollouts
     with _blamed("prompts"):
@@ -39,13 +39,22 @@ def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], l
         generator = outline(section.weights, section.family)
         generator.latent_shape(section.height, section.width)
     with _blamed("rollouts"):
-        generator.time_grid(rollouts.steps, section.height, section.width, rollouts.shift)
+        generator.check_shift(rollouts.shift)
     with _blamed("lora"):
-        add_adapters(generator, experiment)
+        shape_of_adapter(experiment, generator)
     if len(heldout) < 2:
         raise InputError(f"prompts.heldout = {experiment.prompts.heldout!r}: has one prompt; at least 2 are needed")
     _warn(experiment, train, heldout)
     return train, heldout, generator
+
+
+def shape_of_adapter(experiment: Experiment, generator: Outline) -> tuple[int, tuple[str, ...]]:
+    """(rank, layers). Raises ValueError where the experiment's `lora` does not fit the generator."""
+    lora = experiment.lora
+    if lora.start_from is not None:
+        file = read_lora(Path(lora.start_from), generator.linear)
+        return file.rank, file.modules
+    return lora.rank, match(lora.targets, generator.linear, SHORT_NAMES[experiment.generator.family])
 
 
 def _warn(experiment: Experiment, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:

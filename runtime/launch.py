@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from generators import download, resolve, weights_hash
-from runtime.checks import check_inputs, digest
+from generators.outline import Outline
+from runtime.checks import check_inputs, digest, shape_of_adapter
 from runtime.config import Experiment, InputError, nearest, read_experiment
 from runtime.run_folder import RunFolder, replaced
 from runtime.signals import signals_end_the_process
@@ -91,9 +92,10 @@ def new_executor(experiment: Experiment, kind: str, address: str) -> Executor:
     return RayExecutor(experiment, address)
 
 
-def plan(experiment: Experiment, executor: str, generator: Any) -> str:
-    """The whole experiment, and what a step asks of the network and the run of the memory. generator: its outline will do."""
+def plan(experiment: Experiment, executor: str, generator: Outline) -> str:
+    """The whole experiment, and what a step asks of the network and the run of the memory."""
     from diffusion import SOLVERS, evaluations, guidance_evaluations
+    from runtime.roles import adapter_names
 
     rollouts, objective = experiment.rollouts, experiment.objective
     factor = guidance_evaluations(experiment.generator.guidance)
@@ -101,9 +103,9 @@ def plan(experiment: Experiment, executor: str, generator: Any) -> str:
     solve = evaluations(SOLVERS[rollouts.solver], torch.linspace(1, 0, rollouts.steps + 1)) * factor
     with_gradient = rollouts.groups_per_step * objective.gradient_evaluations * factor
     width = {"float32": 4, "bfloat16": 2}[experiment.generator.dtype]
-    trained = sum(p.numel() for name in generator.adapters.names for p in generator.adapters.parameters(name))
-    whole = sum(p.numel() for p in generator.transformer.parameters())
-    base = (whole - trained) * width / 2**20
+    rank, layers = shape_of_adapter(experiment, generator)
+    trained = len(adapter_names(experiment)) * rank * sum(sum(generator.linear[layer]) for layer in layers)
+    base = generator.parameters * width / 2**20
     folder = resolve(experiment.generator.weights, experiment.generator.family)
     others = sum(file.stat().st_size for name in OTHERS for file in (folder / name).glob("*.safetensors")) / 2**20
     processes = 1 if executor == "inline" else rollouts.workers + 1

@@ -22,6 +22,7 @@ from align import ALGORITHMS
 from diffusion import SOLVERS, Condition, Objective, Predict, RewardModel, Rollout, Scores, Trajectory, guided, sample_seed
 from generators import embedded, load
 from generators.adapter_weights import AdapterWeights
+from generators.lora_file import load_lora
 from rewards import build
 from rollouts.worker import Group, RolloutWorker
 from runtime.config import Experiment, RolloutsSection
@@ -96,15 +97,15 @@ def new_generator(experiment: Experiment) -> Any:
     return generator
 
 
-def add_adapters(generator: Any, experiment: Experiment) -> None:
-    """Raises ValueError where the experiment's `lora` does not fit the generator."""
-    from generators.lora_file import load_lora
+def adapter_names(experiment: Experiment) -> list[str]:
+    """One for each player, and the policy's moving average where one is kept."""
+    players = ALGORITHMS[experiment.objective.algorithm].players
+    return [*players, *([AVERAGE] if experiment.optimizer.ema is not None else [])]
 
+
+def add_adapters(generator: Any, experiment: Experiment) -> None:
     lora, seed = experiment.lora, experiment.seed
-    for name in [
-        *ALGORITHMS[experiment.objective.algorithm].players,
-        *([AVERAGE] if experiment.optimizer.ema is not None else []),
-    ]:
+    for name in adapter_names(experiment):
         trainable = name != AVERAGE
         if lora.start_from is not None:
             load_lora(generator.adapters, name, Path(lora.start_from), trainable=trainable)

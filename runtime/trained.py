@@ -122,11 +122,11 @@ def more_rewards(experiment: Experiment, texts: Sequence[str]) -> Experiment:
 
 
 def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -> Path:
-    from generators.export import export_diffusers
-
     if format not in FORMATS:
         raise InputError(f"--format {format!r}: is not known{nearest(format, FORMATS)}")
     experiment, folder = read_run(run_dir)
+    from generators.export import export_diffusers
+
     generator, step = trained_generator(experiment, folder, step)
     metadata = {
         "base_model": experiment.generator.weights,

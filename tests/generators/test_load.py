@@ -85,7 +85,10 @@ def response(status: int) -> httpx2.Response:
             errors.RepositoryNotFoundError("401", response=response(401)),
             "is neither a local folder nor found on the hub; if it is",
         ),
-        (errors.RemoteEntryNotFoundError("404", response=response(404)), "has no model_index.json on the hub, so it is no"),
+        (
+            errors.RemoteEntryNotFoundError("404", response=response(404)),
+            "is no StableDiffusion3Pipeline on the hub: a file of one is missing",
+        ),
         (errors.HfHubHTTPError("500 oops\nmore", response=response(500)), "cannot be read from the hub: 500 oops"),
         (errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"),
         (httpx2.ConnectError("no name"), "the hub cannot be reached"),
