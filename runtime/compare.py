@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -20,6 +21,12 @@ body { font-family: sans-serif; margin: 1.5em auto; max-width: 1250px; }
 table { border-collapse: collapse; }
 td, th { padding: 3px 12px; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child { text-align: left; }
+"""
+SWITCH = """
+document.getElementById("axis").onchange = event => {
+  for (const [plot, x] of Object.entries(abscissas))
+    Plotly.update(plot, {x: x[event.target.value]}, {"xaxis.title.text": titles[event.target.value], "xaxis.autorange": true});
+};
 """
 
 
@@ -40,12 +47,12 @@ def abscissa(line: Mapping[str, Any], axis: str) -> float:
 
 
 def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metric: str | None = None) -> None:
-    """One page without any outside resource: every metric of the runs as a plot, the rewards first."""
+    """One page without any outside resource: every metric as a plot, rewards first, over the axis that the reader chooses."""
     import plotly.graph_objects as go
     from plotly.offline import get_plotlyjs
 
-    figures = []
-    for key in [metric] if metric else _metrics_in_order(runs):
+    plots, abscissas = [], {}
+    for number, key in enumerate([metric] if metric else _metrics_in_order(runs)):
         figure = go.Figure()
         for name, lines in runs.items():
             _add_curve(figure, name, lines, key, axis)
@@ -57,18 +64,33 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
             template="plotly_white",
             legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "right", "x": 1.0},
         )
-        figures.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}))
+        plots.append(
+            figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}, div_id=f"plot-{number}")
+        )
+        abscissas[f"plot-{number}"] = {other: _abscissas_of_curves(runs, key, other) for other in AXES}
     title = escape(", ".join(runs))
+    options = "".join(f'<option value="{a}"{" selected" * (a == axis)}>{escape(text)}</option>' for a, text in AXES.items())
     page = "\n".join(
         [
             f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>',
             f"<body><script>{get_plotlyjs()}</script><h1>{title}</h1>{_html_table(runs)}",
-            f'<div class="plots">{"".join(figures)}</div></body></html>',
+            f'<p><label>curves over <select id="axis">{options}</select></label></p>',
+            f'<div class="plots">{"".join(plots)}</div>',
+            f"<script>const abscissas = {json.dumps(abscissas)}, titles = {json.dumps(AXES)};{SWITCH}</script></body></html>",
         ]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as temporary:
         temporary.write_text(page)
+
+
+def _abscissas_of_curves(runs: Mapping[str, Lines], key: str, axis: str) -> list[list[float]]:
+    """One list for each curve that `_add_curve` draws, in its order."""
+    found = []
+    for lines in runs.values():
+        _, x, _, teacher = _curve(lines, key, axis)
+        found += [x] * (1 + (teacher is not None))
+    return found
 
 
 def write_picture(runs: Mapping[str, Lines], path: Path, axis: str = "step", metric: str | None = None) -> None:

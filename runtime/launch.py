@@ -143,12 +143,14 @@ def profiled(steps: int, file: Path, show: Show) -> Show:
 @contextmanager
 def reporter(steps: int) -> Iterator[Show]:
     """A progress bar in a terminal, a plain line a step elsewhere."""
-    started, first = time.monotonic(), [0]
+    started, first, heldout = time.monotonic(), 0, ""
 
     def text(line: Mapping[str, Any]) -> str:
-        first[0] = first[0] or line["step"]
-        left = (time.monotonic() - started) / (line["step"] - first[0] + 1) * (steps - line["step"])
-        heldout = f"  held-out {line['heldout/total']:.3f}" if "heldout/total" in line else ""
+        nonlocal first, heldout
+        first = first or line["step"]
+        left = (time.monotonic() - started) / (line["step"] - first + 1) * (steps - line["step"])
+        if "heldout/total" in line:
+            heldout = f"  held-out {line['heldout/total']:.3f} (teacher {line['heldout/base/total']:.3f})"
         return f"step {line['step']}/{steps}  reward {line['reward/total']:.3f}{heldout}  {left:.0f} s left"
 
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":

@@ -8,14 +8,14 @@ that was not, to the last bit.
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffusion import Prompt
@@ -24,13 +24,15 @@ from rollouts.worker import Group, seed_groups
 from runtime.compare import write_report
 from runtime.config import Experiment
 from runtime.executor import Batch, Executor
-from runtime.roles import IMAGES_PER_PROMPT, SHOWN, Evaluated, evaluated_adapter
+from runtime.roles import IMAGES_PER_PROMPT, Evaluated, evaluated_adapter
 from runtime.run_folder import RunFolder, replaced
 from runtime.signals import signals_noted
 from runtime.tracking import trackers
 
 HELDOUT_ITERATION = 0
 """Training steps count from 1, so held-out noise is never training noise."""
+LINES = 3
+"""Of a caption under its pictures."""
 
 
 @dataclass
@@ -165,20 +167,28 @@ def heldout_metrics(result: Evaluated, teacher: Evaluated) -> dict[str, float]:
 
 
 def save_samples(folder: Path, pictures: Tensor, teacher: Tensor, groups: Sequence[Group]) -> None:
-    """grid.png: the first held-out prompts, the teacher's picture above the policy's on the same noise; and captions.txt.
+    """grid.png: the first held-out prompts, each with the teacher's picture above the policy's on the same noise; captions.txt.
 
     pictures, teacher: [B, H, W, 3] uint8.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for start in range(0, len(pictures), 8):
-        rows += [torch.cat(list(some[start : start + 8]), dim=1) for some in (teacher, pictures)]
-    width = max(row.shape[1] for row in rows)
-    sheet = torch.cat([torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows])
-    picture = Image.fromarray(sheet.numpy())
+    captions = [group.prompt.text for group in groups[: len(pictures)]]
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
     scale = max(1, 96 // pictures.shape[2])
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(folder / "grid.png")
-    (folder / "captions.txt").write_text("\n".join(group.prompt.text for group in groups[:SHOWN]) + "\n")
+    height, width = pictures.shape[1] * scale, pictures.shape[2] * scale
+    size = max(10, width // 24)
+    cell = 2 * height + LINES * (size + 2) + 6
+    columns = min(8, len(pictures))
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * cell), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, caption in enumerate(captions):
+        x, y = i % columns * width, i // columns * cell
+        for row, some in enumerate((teacher, pictures)):
+            picture = Image.fromarray(some[i].numpy()).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, y + row * height))
+        lines = textwrap.wrap(caption, int(width / size * 1.8), max_lines=LINES, placeholder=" ...")
+        draw.multiline_text((x + 2, y + 2 * height + 1), "\n".join(lines), "black", font_size=size, spacing=1)
+    sheet.save(folder / "grid.png")
 
 
 def checkpoint(experiment: Experiment, folder: RunFolder, executor: Executor, progress: Progress) -> None:

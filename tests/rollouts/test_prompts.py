@@ -31,7 +31,7 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["train", "heldout", "evaluation"])
+@pytest.mark.parametrize("name", ["train", "heldout", "evaluation", "tuning"])
 def test_embedded(name):
     prompts = read_prompts(f"embedded:glyphs/{name}")
     assert [prompt.text for prompt in prompts] == glyphs.read_prompts(name)
@@ -128,7 +128,8 @@ def test_sources_that_are_none(write, tmp_path):
     assert f"prompts {tmp_path}/none.txt: there is no such file or folder; allowed are" in refused(tmp_path / "none.txt")
     assert "not a format that is read here; allowed are .txt, .jsonl, .parquet files" in refused(write("p.csv", "text"))
     assert "embedded:glyphs/train, embedded:glyphs/heldout" in refused("glyphs/train")
-    expected = "are not embedded here; allowed: glyphs/train, glyphs/heldout, glyphs/evaluation; did you mean 'glyphs/heldout'?"
+    sets = "glyphs/train, glyphs/heldout, glyphs/evaluation, glyphs/tuning"
+    expected = f"are not embedded here; allowed: {sets}; did you mean 'glyphs/heldout'?"
     assert expected in refused("embedded:glyphs/held-out")
     assert "allowed is hf:[OWNER/]NAME[:SPLIT][:COLUMN]" in refused("hf:a:b:c:d")
     assert "allowed is hf:" in refused("hf:")

@@ -68,6 +68,8 @@ def test_the_page_needs_no_network_and_escapes_names(run, tmp_path):
     assert 'src="http' not in page
     assert "<h1>&lt;b&gt;run</h1>" in page
     assert "heldout\\u002ftotal" in page  # as plotly spells a slash
+    assert '"step": [[2], [2]], "seconds": [[90.0], [90.0]], "nfe": [[220], [220]]' in page  # heldout/total and its teacher
+    assert '<option value="step" selected>' in page
     assert "<b>run" not in page.split("<script>")[0]
 
 

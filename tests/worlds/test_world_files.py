@@ -20,19 +20,24 @@ def test_the_prompt_files_are_what_the_recipe_draws():
 
 def test_sizes_and_disjointness():
     sets = {name: read_prompts(name) for name in PROMPT_SETS}
-    assert {name: len(lines) for name, lines in sets.items()} == {"train": 2000, "heldout": 200, "evaluation": 100}
-    assert len(set().union(*sets.values())) == 2300
+    assert {name: len(lines) for name, lines in sets.items()} == {
+        "train": 2000,
+        "heldout": 200,
+        "evaluation": 100,
+        "tuning": 150,
+    }
+    assert len(set().union(*sets.values())) == 2450
 
 
 def test_heldout_combinations_are_held_out():
     def heldout(name):
         return [bool(HELDOUT_THINGS.intersection(parse(line).things)) for line in read_prompts(name)]
 
-    assert not any(heldout("train"))
+    assert not any(heldout("train") + heldout("tuning"))
     assert all(heldout("heldout"))
     assert sum(heldout("evaluation")) == 50
 
 
 def test_an_unknown_prompt_set_is_named():
-    with pytest.raises(ValueError, match=r"'test'.*train, heldout, evaluation"):
+    with pytest.raises(ValueError, match=r"'test'.*train, heldout, evaluation, tuning"):
         read_prompts("test")

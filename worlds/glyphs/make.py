@@ -31,10 +31,10 @@ def make_sheet() -> Image.Image:
 
 
 def make_prompts(seed: int = 0) -> dict[str, list[str]]:
-    rng = np.random.default_rng(seed)
     seen: set[str] = set()
+    first, second = np.random.default_rng(seed), np.random.default_rng(seed + 4321)
 
-    def draw(number: int, heldout: bool) -> list[str]:
+    def draw(number: int, heldout: bool, rng: np.random.Generator = first) -> list[str]:
         lines: list[str] = []
         while len(lines) < number:
             line = caption(random_scene(rng, heldout))
@@ -44,7 +44,8 @@ def make_prompts(seed: int = 0) -> dict[str, list[str]]:
         return lines
 
     evaluation = draw(50, heldout=False) + draw(50, heldout=True)
-    return {"train": draw(2000, heldout=False), "heldout": draw(200, heldout=True), "evaluation": evaluation}
+    sets = {"train": draw(2000, heldout=False), "heldout": draw(200, heldout=True), "evaluation": evaluation}
+    return sets | {"tuning": draw(150, heldout=False, rng=second)}
 
 
 if __name__ == "__main__":

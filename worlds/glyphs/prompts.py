@@ -2,7 +2,8 @@
 
 train       2000 captions without a held-out thing
 heldout      200 captions with one, never trained on: tune nothing on them
-evaluation   100 captions, 50 of either kind, in neither of the other files
+evaluation   100 captions, 50 of either kind, in none of the other files
+tuning       150 captions without a held-out thing, in none of the other files: choose settings on these
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("prompts")
-PROMPT_SETS = ("train", "heldout", "evaluation")
+PROMPT_SETS = ("train", "heldout", "evaluation", "tuning")
 
 
 def read_prompts(name: str) -> list[str]:
