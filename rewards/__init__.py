@@ -11,6 +11,6 @@ glyph_match.py    does the picture show what the caption says? for the glyph wor
 Scorers take seconds to import, so this package re-exports only what needs none of them.
 """
 
-from rewards.registry import REWARDS, Entry, build, check, knobs, resolve, scorer
+from rewards.registry import CODE, REWARDS, Entry, build, check, is_code, knobs, resolve, scorer
 
-__all__ = ["REWARDS", "Entry", "build", "check", "knobs", "resolve", "scorer"]
+__all__ = ["CODE", "REWARDS", "Entry", "build", "check", "is_code", "knobs", "resolve", "scorer"]

@@ -29,6 +29,8 @@ REWARDS = {
     "symmetry": "Symmetry",
 }
 """{name in an experiment: class in the file of that name}"""
+CODE = "python:"
+"""How the name of a user's own function begins; see rewards/user_function.py."""
 
 
 class Entry(BaseModel):
@@ -49,9 +51,16 @@ class NoKnobs(BaseModel):
 
 def scorer(name: str) -> Any:
     """The class of a scorer. Raises ValueError, with the nearest spelling, for a name that is not known."""
+    if is_code(name):
+        return import_module("rewards.user_function").UserFunction
     if name not in REWARDS:
         raise ValueError(f"reward {name!r} is not known{_allowed(name, REWARDS)}")
     return getattr(import_module(f"rewards.{name}"), REWARDS[name])
+
+
+def is_code(name: Any) -> bool:
+    """Does it name a user's own function? Resolving such an entry runs nothing; checking and building it do."""
+    return isinstance(name, str) and name.startswith(CODE)
 
 
 def knobs(name: str) -> type[BaseModel]:
@@ -96,15 +105,16 @@ def _build(entry: Mapping[str, Any]) -> Any:
 
 
 def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The scorer's own knobs."""
-    return {name: value for name, value in entry.items() if name not in Entry.model_fields}
+    """The scorer's own knobs; for a user's function its name is one of them."""
+    own = {name: value for name, value in entry.items() if name not in Entry.model_fields}
+    return own | {"function": entry["name"]} if is_code(entry["name"]) else own
 
 
 def _resolve(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(entry, Mapping) or "name" not in entry:
         raise ValueError(f"{key} {entry!r} has no name; write for example {{name: {next(iter(REWARDS))}}}")
     name = entry["name"]
-    if name not in list(REWARDS):  # YAML may put a list there, which no dict can be asked for
+    if not is_code(name) and name not in list(REWARDS):  # YAML may put a list there, which no dict can be asked for
         raise ValueError(f"{key}.name {name!r} is not known{_allowed(name, REWARDS)}")
     common = {field: entry[field] for field in Entry.model_fields if field in entry}
     own = {field: value for field, value in entry.items() if field not in common}
@@ -113,7 +123,9 @@ def _resolve(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
         checked_own = knobs(name).model_validate(own)
     except ValidationError as error:
         raise ValueError(_one_line(error, key, [*Entry.model_fields, *knobs(name).model_fields])) from None
-    return checked.model_dump() | {"label": checked.label or name} | checked_own.model_dump()
+    return (
+        checked.model_dump() | {"label": checked.label or name.replace(":", ".").rsplit(".", 1)[-1]} | checked_own.model_dump()
+    )
 
 
 def _one_line(error: ValidationError, key: str, allowed: Sequence[str]) -> str:

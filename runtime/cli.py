@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="call the functions that python: rewards name")]
 RunDir = Annotated[Path, typer.Argument(help="a run's folder")]
 
 
@@ -55,11 +56,12 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything, print the whole experiment, run nothing")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run an experiment, or go on with the one in its folder."""
     from runtime.launch import launch_experiment
 
-    if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run, profile):
+    if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run, allow_code, profile):
         raise typer.Exit(code)
 
 
@@ -113,11 +115,12 @@ def evaluate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="solver steps")] = None,
     solver: Annotated[str | None, typer.Option(help="solver")] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Score the trained adapter and the teacher on the same noise."""
     from runtime.trained import evaluate_run
 
-    _table(evaluate_run(run_dir, prompts, rewards or [], steps, solver))
+    _table(evaluate_run(run_dir, prompts, rewards or [], steps, solver, allow_code))
 
 
 @app.command()

@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails
 from align import ALGORITHMS
 from diffusion import SOLVERS
 from generators.load import DTYPES, FAMILIES
-from rewards.registry import resolve
+from rewards.registry import is_code, resolve
 
 
 class InputError(ValueError):
@@ -106,7 +106,7 @@ class RewardsSection(Section):
         if not isinstance(value, (list, tuple)):
             raise ValueError("must be a list of {name: REWARD, ...}")
         for entry in value:
-            if isinstance(entry, dict) and str(entry.get("name")).startswith("python:"):
+            if isinstance(entry, dict) and is_code(entry.get("name")) and not (info.context or {}).get("allow_code"):
                 raise ValueError(f"{entry['name']!r} is code named in an experiment; it runs only with --allow-code")
         return tuple(resolve(value, f"rewards.{info.field_name}")) if value or info.field_name == "train" else ()
 
@@ -196,20 +196,20 @@ class Experiment(Section):
         return self
 
 
-def read_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+def read_experiment(path: Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Experiment:
     """The experiment in a YAML file with `key=value` overrides, as in `run.steps=6` or `rewards.train.0.weight=2`.
 
-    Raises InputError for anything wrong with it.
+    allow_code: whether it may name functions to call. Raises InputError for anything wrong with it.
     """
     raw = _read_yaml(path)
     for override in overrides:
         _override(raw, override)
-    return validated(raw, Experiment)
+    return validated(raw, Experiment, allow_code=allow_code)
 
 
-def validated(raw: Any, section: type[S]) -> S:
+def validated(raw: Any, section: type[S], *, allow_code: bool = False) -> S:
     try:
-        return section.model_validate(raw)
+        return section.model_validate(raw, context={"allow_code": allow_code})
     except ValidationError as error:
         raise InputError(_one_line(error.errors()[0])) from None
 

@@ -32,7 +32,14 @@ Show = Callable[[Mapping[str, Any]], None]
 
 
 def launch_experiment(
-    file: Path, overrides: Sequence[str], run_dir: Path | None, executor: str, address: str, dry_run: bool, profile: int = 0
+    file: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    executor: str,
+    address: str,
+    dry_run: bool,
+    allow_code: bool = False,
+    profile: int = 0,
 ) -> int:
     """The exit code: 0, or 128 + the signal that stopped the run. profile: how many steps to trace, 0 for none."""
     if profile and executor != "inline":
@@ -41,7 +48,7 @@ def launch_experiment(
         raise InputError(f"--executor {executor!r}: is not known{nearest(executor, EXECUTORS)}")
     if address.startswith("ray://"):
         raise InputError(f"--ray {address!r}: run the command on the cluster, as with `ray job submit`, and say --ray auto")
-    experiment = read_experiment(file, overrides)
+    experiment = read_experiment(file, overrides, allow_code=allow_code)
     train, heldout, generator = check_inputs(experiment, executor)
     if dry_run:
         print(plan(experiment, executor, generator))

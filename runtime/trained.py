@@ -36,11 +36,11 @@ from runtime.run_folder import RunFolder
 FORMATS = ("diffusers",)
 
 
-def read_run(run_dir: Path) -> tuple[Experiment, RunFolder]:
-    """Raises InputError for a folder that holds no run."""
+def read_run(run_dir: Path, *, allow_code: bool = True) -> tuple[Experiment, RunFolder]:
+    """Raises InputError for a folder that holds no run. allow_code: nothing is called yet, so only who calls rewards minds."""
     if not (run_dir / "experiment.yaml").is_file():
         raise InputError(f"{run_dir}: no run there (no experiment.yaml)")
-    return read_experiment(run_dir / "experiment.yaml"), RunFolder(run_dir)
+    return read_experiment(run_dir / "experiment.yaml", allow_code=allow_code), RunFolder(run_dir)
 
 
 def changed_rollouts(experiment: Experiment, **changes: Any) -> RolloutsSection:
@@ -76,12 +76,17 @@ def draw_one(run_dir: Path, prompt: str, seed: int, steps: int | None, base: boo
 
 
 def evaluate_run(
-    run_dir: Path, prompts: str | None, rewards: Sequence[str], steps: int | None, solver: str | None
+    run_dir: Path,
+    prompts: str | None,
+    rewards: Sequence[str],
+    steps: int | None,
+    solver: str | None,
+    allow_code: bool = False,
 ) -> list[dict[str, str]]:
     """One row a reward: the teacher's mean, the trained adapter's, on the same noise. rewards: see `more_rewards`."""
-    experiment, folder = read_run(run_dir)
+    experiment, folder = read_run(run_dir, allow_code=allow_code)
     rollouts = changed_rollouts(experiment, steps=steps, solver=solver)
-    experiment = more_rewards(experiment, rewards)
+    experiment = more_rewards(experiment, rewards, allow_code)
     try:
         check(located(experiment.rewards.heldout))
         texts = read_prompts(prompts or experiment.prompts.heldout)
@@ -105,7 +110,7 @@ def evaluate_run(
     return rows
 
 
-def more_rewards(experiment: Experiment, texts: Sequence[str]) -> Experiment:
+def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool) -> Experiment:
     """The experiment with more held-out rewards, each text as an experiment would say it: `brightness`, several with commas
     between them, or `{name: clip_score, weights: embedded:glyphs-clip}`. Those it has already stay as they are."""
     raw = experiment.model_dump(mode="json")
@@ -118,7 +123,7 @@ def more_rewards(experiment: Experiment, texts: Sequence[str]) -> Experiment:
         raw["rewards"]["heldout"] += [
             {"name": entry} if isinstance(entry, str) else entry for entry in entries if str(entry) not in known
         ]
-    return validated(raw, Experiment)
+    return validated(raw, Experiment, allow_code=allow_code)
 
 
 def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -> Path:

@@ -264,6 +264,19 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(whole, change, words):
     assert "\n" not in str(caught.value)
 
 
+def test_code_named_in_an_experiment_runs_only_when_allowed(whole, tmp_path):
+    (tmp_path / "mine.py").write_text("def bright(images, prompts, **meta):\n    return images.mean((1, 2, 3))\n")
+    rewards = [f"{{name: 'python:{tmp_path}/mine.py:bright'}}"]
+    with pytest.raises(InputError, match="runs only with --allow-code"):
+        evaluate_run(whole.path, None, rewards, None, None)
+    rows = evaluate_run(whole.path, None, rewards, None, None, allow_code=True)
+    assert [row["reward"] for row in rows][:4] == ["total", "glyph_match", "clip_score", "bright"]
+    override = f"rewards.heldout=[{{name: 'python:{tmp_path}/mine.py:bright'}}]"
+    with pytest.raises(InputError, match="runs only with --allow-code"):
+        read_experiment(QUICKSTART, [override])
+    assert read_experiment(QUICKSTART, [override], allow_code=True).rewards.heldout[0]["label"] == "bright"
+
+
 def test_groups_are_split_where_micro_batches_end():
     from runtime.remote import split
 
