@@ -74,6 +74,7 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
         [
             f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>',
             f"<body><script>{get_plotlyjs()}</script><h1>{title}</h1>{_html_table(runs)}",
+            *(f"<p><b>{escape(said)}</b></p>" for said in suspicions_of(runs)),
             f'<p><label>curves over <select id="axis">{options}</select></label></p>',
             f'<div class="plots">{"".join(plots)}</div>',
             f"<script>const abscissas = {json.dumps(abscissas)}, titles = {json.dumps(AXES)};{SWITCH}</script></body></html>",
@@ -160,6 +161,15 @@ def summary(name: str, lines: Lines) -> dict[str, str]:
     return row
 
 
+def suspicions_of(runs: Mapping[str, Lines]) -> list[str]:
+    """What the hacking watch said of each run's last evaluation."""
+    said = []
+    for name, lines in runs.items():
+        last = [line for line in lines if "heldout/total" in line][-1:]
+        said += [f"{name} looks like reward hacking: {suspicion}" for line in last for suspicion in line.get("hacking", ())]
+    return said
+
+
 def print_table(runs: Mapping[str, Lines]) -> None:
     """One column a run, so that it fits a terminal whatever the number of rewards."""
     from rich.console import Console
@@ -169,7 +179,10 @@ def print_table(runs: Mapping[str, Lines]) -> None:
     table = Table("", *[row["run"] for row in rows])
     for key in _all_keys(rows)[1:]:
         table.add_row(key, *[row.get(key, "") for row in rows])
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for said in suspicions_of(runs):
+        console.print(said)
 
 
 def _html_table(runs: Mapping[str, Lines]) -> str:
@@ -186,7 +199,7 @@ def _all_keys(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _metrics_in_order(runs: Mapping[str, Lines]) -> list[str]:
     keys = dict.fromkeys(key for lines in runs.values() for line in lines for key in line)
-    elsewhere = ("step", "seconds", "heldout/total_se", "diversity/base")
+    elsewhere = ("step", "seconds", "heldout/total_se", "diversity/base", "hacking")
     plotted = [key for key in keys if key not in elsewhere and not key.startswith("heldout/base/")]
     first = ("heldout/total", "reward/total", "heldout/", "reward/", "diversity")
     return sorted(plotted, key=lambda key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)))

@@ -153,6 +153,18 @@ class OptimizerSection(Section):
     )
 
 
+class WatchSection(Section):
+    """When an evaluation looks like reward hacking; see runtime/watch.py."""
+
+    reward_drop: float = Field(
+        0.2, gt=0, description="fall of a held-out, untrained reward below the teacher's, in standard deviations of its scores"
+    )
+    diversity_drop: float = Field(0.3, gt=0, lt=1, description="share of the teacher's diversity that is gone")
+    stop_on_hacking: bool = Field(
+        False, description="end the run there; checkpoints are then made at evaluations that look good, and only there"
+    )
+
+
 class RunSection(Section):
     steps: int = Field(100, ge=1)
     evaluate_every: int = Field(10, ge=1)
@@ -189,6 +201,7 @@ class Experiment(Section):
     objective: ObjectiveConfig
     optimizer: OptimizerSection = OptimizerSection()
     run: RunSection = RunSection()
+    watch: WatchSection = WatchSection()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:

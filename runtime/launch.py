@@ -74,6 +74,11 @@ def launch_experiment(
                 stopped = run(experiment, folder, roles, train, heldout, show)
         finally:
             roles.close()
+        if stopped is None and folder.metrics()[-1]["step"] < experiment.run.steps:
+            good = max(folder.checkpoints(), default=None)
+            print(
+                f"stopped, for it looks like reward hacking; last good checkpoint: {'none' if good is None else f'step {good}'}"
+            )
     return 0 if stopped is None else 128 + stopped
 
 
@@ -160,8 +165,17 @@ def reporter(steps: int) -> Iterator[Show]:
             heldout = f"  held-out {line['heldout/total']:.3f} (teacher {line['heldout/base/total']:.3f})"
         return f"step {line['step']}/{steps}  reward {line['reward/total']:.3f}{heldout}  {left:.0f} s left"
 
+    def warn(line: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        for suspicion in line.get("hacking", ()):
+            say(f"step {line['step']} looks like reward hacking: {suspicion}")
+
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        yield lambda line: print(text(line), flush=True)
+
+        def plain(line: Mapping[str, Any]) -> None:
+            print(text(line), flush=True)
+            warn(line, lambda said: print(said, file=sys.stderr))
+
+        yield plain
         return
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -171,6 +185,7 @@ def reporter(steps: int) -> Iterator[Show]:
         def show(line: Mapping[str, Any]) -> None:
             if "heldout/total" in line:
                 bar.console.print(text(line))
+                warn(line, bar.console.print)
             bar.update(task, completed=line["step"], description=text(line))
 
         yield show

@@ -24,10 +24,11 @@ from rollouts.worker import Group, seed_groups
 from runtime.compare import write_report
 from runtime.config import Experiment
 from runtime.executor import Batch, Executor
-from runtime.roles import IMAGES_PER_PROMPT, Evaluated, evaluated_adapter
+from runtime.roles import IMAGES_PER_PROMPT, Evaluated, evaluated_adapter, paired
 from runtime.run_folder import RunFolder, replaced
 from runtime.signals import signals_noted
 from runtime.tracking import trackers
+from runtime.watch import suspicions, watch_metrics
 
 HELDOUT_ITERATION = 0
 """Training steps count from 1, so held-out noise is never training noise."""
@@ -68,7 +69,7 @@ def run(
         progress.nfe_teacher += teacher.nfe
     with trackers(experiment.run.trackers, experiment.name, folder.path, progress.step) as track, signals_noted() as stopped:
         for step in range(progress.step + 1, experiment.run.steps + 1):
-            line = one_step(experiment, executor, train, step, progress)
+            line: dict[str, Any] = one_step(experiment, executor, train, step, progress)
             last = step == experiment.run.steps
             if step % experiment.run.evaluate_every == 0 or last:
                 line |= evaluate(experiment, folder, executor, groups, teacher, step, progress)
@@ -80,11 +81,19 @@ def run(
             stopping = bool(stopped)  # read once: whoever stops here has been checkpointed here
             if "heldout/total" in line or stopping:
                 write_report({experiment.name: folder.metrics()}, folder.path / "report.html")
-            if step % experiment.run.checkpoint_every == 0 or last or stopping or progress.best_step == step:
+            if stopping or is_worth_keeping(experiment, line, progress):
                 checkpoint(experiment, folder, executor, progress)
-            if stopping:
+            if stopping or (experiment.watch.stop_on_hacking and "hacking" in line):
                 break
     return stopped[0] if stopped else None
+
+
+def is_worth_keeping(experiment: Experiment, line: Mapping[str, Any], progress: Progress) -> bool:
+    """Does the step of this line get a checkpoint? With stop_on_hacking only what was evaluated and looked good does."""
+    if experiment.watch.stop_on_hacking:
+        return "heldout/total" in line and "hacking" not in line
+    step, run = line["step"], experiment.run
+    return step % run.checkpoint_every == 0 or step == run.steps or progress.best_step == step
 
 
 def one_step(
@@ -130,10 +139,14 @@ def evaluate(
     teacher: Evaluated,
     step: int,
     progress: Progress,
-) -> dict[str, float]:
+) -> dict[str, Any]:
+    """The metrics of an evaluation; `hacking`, where it looks like that, says in sentences why."""
     result = executor.evaluate(groups, evaluated_adapter(experiment))
     progress.nfe_teacher += result.nfe
-    line = heldout_metrics(result, teacher)
+    line: dict[str, Any] = heldout_metrics(result, teacher)
+    line |= watch_metrics(result, teacher, {"total", *(entry["label"] for entry in experiment.rewards.train)})
+    if found := suspicions(line, result, teacher, experiment.watch):
+        line["hacking"] = found
     save_samples(folder.path / "samples" / f"step_{step:06d}", result.pictures, teacher.pictures, groups)
     if progress.best is None or line["heldout/total"] > progress.best:
         progress.best, progress.best_step = line["heldout/total"], step
@@ -159,8 +172,7 @@ def heldout_metrics(result: Evaluated, teacher: Evaluated) -> dict[str, float]:
     line = {f"heldout/{label}": values.mean().item() for label, values in result.scores.items()}
     line |= {f"heldout/base/{label}": values.mean().item() for label, values in teacher.scores.items()}
     difference = result.scores["total"] - teacher.scores["total"]
-    per_prompt = difference.view(-1, IMAGES_PER_PROMPT).mean(dim=1)
-    line["heldout/total_se"] = (per_prompt.std() / len(per_prompt) ** 0.5).item()
+    _, line["heldout/total_se"] = paired(result.scores["total"], teacher.scores["total"])
     line["heldout/win_rate"] = ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
     line |= {"diversity": result.diversity, "diversity/base": teacher.diversity}
     return line

@@ -254,6 +254,12 @@ def in_batches(reward: RewardModel, rollout: Rollout, rows: int) -> Scores:
     return joined_scores([reward(rollout.images[i : i + rows], rollout.prompts[i : i + rows]) for i in starts])
 
 
+def paired(result: Tensor, teacher: Tensor) -> tuple[float, float]:
+    """(mean difference, its standard error over prompts) of scores [B] on the same noise, IMAGES_PER_PROMPT of each prompt."""
+    per_prompt = (result - teacher).view(-1, IMAGES_PER_PROMPT).mean(dim=1)
+    return per_prompt.mean().item(), (per_prompt.std() / len(per_prompt) ** 0.5).item()
+
+
 def diversity(features: Tensor, group_size: int) -> float:
     """Mean Euclidean distance between two different members of a group: features [B, D], whole groups one after the other."""
     members = features.unflatten(0, (-1, group_size))

@@ -42,6 +42,8 @@ def trackers(
 
         def log(line: Mapping[str, Any], step: int) -> None:
             for tracker in opened:
-                tracker.log({key: value for key, value in line.items() if key != "step"}, step=step)
+                tracker.log(
+                    {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}, step=step
+                )
 
         yield log

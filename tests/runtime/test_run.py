@@ -277,6 +277,22 @@ def test_code_named_in_an_experiment_runs_only_when_allowed(whole, tmp_path):
     assert read_experiment(QUICKSTART, [override], allow_code=True).rewards.heldout[0]["label"] == "bright"
 
 
+def test_a_run_stops_at_the_last_evaluation_that_looked_good(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("runtime.loop.suspicions", lambda *_: ["it cheats"] if told else [])
+
+    def show(line):
+        told.extend([line["step"]] * ("heldout/total" in line))
+
+    experiment = small("run.evaluate_every=2", "run.steps=6", "watch.stop_on_hacking=true")
+    folder, stopped = go(experiment, tmp_path / "run", show=show)
+    assert stopped is None
+    assert told == [2, 4]
+    assert list(folder.checkpoints()) == [2]
+    assert folder.metrics()[-1]["hacking"] == ["it cheats"]
+    assert "quickstart looks like reward hacking: it cheats" in (folder.path / "report.html").read_text()
+
+
 def test_groups_are_split_where_micro_batches_end():
     from runtime.remote import split
 
