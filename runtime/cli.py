@@ -136,18 +136,35 @@ def export(
     print(f"wrote {export_run(run_dir, format, step, out)}")
 
 
-@app.command()
-def rewards() -> None:
-    """The rewards that can be named in an experiment."""
-    from runtime.trained import reward_table
+rewards_app = typer.Typer(help="The rewards that can be named in an experiment.", invoke_without_command=True)
+app.add_typer(rewards_app, name="rewards")
 
-    _table(reward_table())
+
+@rewards_app.callback()
+def rewards(context: typer.Context) -> None:
+    from runtime.catalogue import reward_table
+
+    if context.invoked_subcommand is None:
+        _table(reward_table())
+
+
+@rewards_app.command("score")
+def score_pictures(
+    name: Annotated[str, typer.Argument(help="a reward, several with commas between them, or {name: NAME, knob: VALUE}")],
+    images: Annotated[list[Path], typer.Argument(help="picture files")],
+    prompt: Annotated[str, typer.Option(help="what they should show")],
+    allow_code: AllowCode = False,
+) -> None:
+    """Score picture files."""
+    from runtime.catalogue import score_files
+
+    _table(score_files(name, images, prompt, allow_code))
 
 
 @app.command()
 def describe(name: Annotated[str, typer.Argument(help="an algorithm, a reward, a solver or a generator family")]) -> None:
     """What it is, where it comes from, and its knobs."""
-    from runtime.trained import description
+    from runtime.catalogue import description
 
     print(description(name))
 

@@ -1,30 +1,23 @@
-"""What people do with a run that is there: draw, evaluate, export. And what can be named in an experiment."""
+"""What people do with a run that is there: draw, evaluate, export."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
-from align import ALGORITHMS
-from diffusion import SOLVERS, Prompt, sample_seed
-from generators.load import FAMILIES, family_class
-from rewards import REWARDS, check, knobs, scorer
+from diffusion import Prompt, sample_seed
+from rewards import check
 from rollouts.prompts import read_prompts
 from rollouts.worker import Group
+from runtime.catalogue import named_rewards
 from runtime.config import (
     Experiment,
-    GeneratorSection,
     InputError,
     RolloutsSection,
     nearest,
-    one_of,
     read_experiment,
     validated,
 )
@@ -111,18 +104,10 @@ def evaluate_run(
 
 
 def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool) -> Experiment:
-    """The experiment with more held-out rewards, each text as an experiment would say it: `brightness`, several with commas
-    between them, or `{name: clip_score, weights: embedded:glyphs-clip}`. Those it has already stay as they are."""
+    """The experiment with more held-out rewards, as `named_rewards` reads them. Those it has already stay as they are."""
     raw = experiment.model_dump(mode="json")
-    known = {entry["label"] for entry in (*experiment.rewards.train, *experiment.rewards.heldout)}
-    for text in texts:
-        try:
-            entries = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
-            raise InputError(f"--rewards {text!r}: is neither names nor {{name: NAME, ...}}") from None
-        raw["rewards"]["heldout"] += [
-            {"name": entry} if isinstance(entry, str) else entry for entry in entries if str(entry) not in known
-        ]
+    known = [{"name": entry["label"]} for entry in (*experiment.rewards.train, *experiment.rewards.heldout)]
+    raw["rewards"]["heldout"] += [entry for text in texts for entry in named_rewards(text) if entry not in known]
     return validated(raw, Experiment, allow_code=allow_code)
 
 
@@ -143,40 +128,3 @@ def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -
         return export_diffusers(generator, evaluated_adapter(experiment), out or run_dir / "export" / format, metadata)
     except ValueError as error:
         raise InputError(f"{run_dir}: {error}") from None
-
-
-def reward_table() -> list[dict[str, str]]:
-    rows = []
-    for name in REWARDS:
-        kind = scorer(name)
-        low, high = getattr(kind, "bounds", (0.0, 1.0))
-        text = (inspect.getdoc(kind) or "").split("\n")[0]
-        gradient = "yes" if kind.differentiable else "no"
-        rows.append({"reward": name, "differentiable": gradient, "range": f"[{low:g}, {high:g}]", "what": text})
-    return rows
-
-
-def description(name: str) -> str:
-    """The docstring, and the knobs with their defaults."""
-    known = [*ALGORITHMS, *REWARDS, *SOLVERS, *FAMILIES]
-    kind: Any
-    config: type[BaseModel]
-    if name in ALGORITHMS:
-        kind, config = ALGORITHMS[name], ALGORITHMS[name].Config
-    elif name in REWARDS:
-        kind, config = scorer(name), knobs(name)
-    elif name in SOLVERS:
-        return inspect.getdoc(SOLVERS[name].step) or ""
-    elif name in FAMILIES:
-        kind, config = family_class(name), GeneratorSection
-    else:
-        try:
-            one_of(name, known)
-        except ValueError as error:
-            raise InputError(f"{name!r} {error}") from None
-    lines = [f"  {key} {_default(field)}\n      {field.description or ''}" for key, field in config.model_fields.items()]
-    return "\n".join([inspect.getdoc(inspect.getmodule(kind)) or "", "", "Knobs:" if lines else "No knobs.", *lines])
-
-
-def _default(field: FieldInfo) -> str:
-    return "(must be given)" if field.is_required() else f"= {field.get_default()!r}"

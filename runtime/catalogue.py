@@ -1,0 +1,103 @@
+"""What can be named in an experiment: its rewards, and what is written about each name. And rewards at work on files."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from align import ALGORITHMS
+from diffusion import SOLVERS, Prompt
+from generators.load import FAMILIES, family_class
+from rewards import REWARDS, build, check, is_code, knobs, resolve, scorer
+from runtime.config import GeneratorSection, InputError, one_of
+from runtime.roles import located
+
+
+def named_rewards(text: str) -> list[dict[str, Any]]:
+    """Entries as the command line names them: `brightness`, several with commas between, or `{name: NAME, knob: VALUE}`."""
+    try:
+        entries = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        raise InputError(f"reward {text!r}: is neither names nor {{name: NAME, ...}}") from None
+    return [entry if isinstance(entry, dict) and "name" in entry else {"name": entry} for entry in entries]
+
+
+def reward_table() -> list[dict[str, str]]:
+    rows = []
+    for name in REWARDS:
+        kind = scorer(name)
+        low, high = getattr(kind, "bounds", (0.0, 1.0))
+        rows.append(
+            {
+                "reward": name,
+                "differentiable": "yes" if kind.differentiable else "no",
+                "range": f"[{low:g}, {high:g}]",
+                "needs": ", ".join(key for key, field in knobs(name).model_fields.items() if field.is_required()) or "nothing",
+                "licence": getattr(kind, "licence", "Odeon's"),
+            }
+        )
+    return rows
+
+
+def score_files(text: str, files: Sequence[Path], prompt: str, allow_code: bool) -> list[dict[str, str]]:
+    """A row for each picture, with each reward's score for the prompt. Pictures may differ in size. text: the rewards."""
+    named = named_rewards(text)
+    if code := [entry["name"] for entry in named if is_code(entry["name"]) and not allow_code]:
+        raise InputError(f"{code[0]!r} is code; it runs only with --allow-code")
+    try:
+        entries = located(resolve(named, "rewards"))
+        check(entries)
+        images = [_read(file) for file in files]
+        mixture = build(entries)
+        with torch.no_grad():
+            scores = [mixture(image, [Prompt("file", prompt)]).parts for image in images]
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return [
+        {"picture": str(file)} | {label: f"{value.item():.4f}" for label, value in parts.items()}
+        for file, parts in zip(files, scores, strict=True)
+    ]
+
+
+def _read(file: Path) -> torch.Tensor:
+    """[1, 3, H, W] float32 in [0, 1]"""
+    try:
+        picture = Image.open(file).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{file}: no picture that can be read: {error}") from None
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2) / 255
+
+
+def description(name: str) -> str:
+    """The docstring, and the knobs with their defaults."""
+    known = [*ALGORITHMS, *REWARDS, *SOLVERS, *FAMILIES]
+    kind: Any
+    config: type[BaseModel]
+    if name in ALGORITHMS:
+        kind, config = ALGORITHMS[name], ALGORITHMS[name].Config
+    elif name in REWARDS:
+        kind, config = scorer(name), knobs(name)
+    elif name in SOLVERS:
+        return inspect.getdoc(SOLVERS[name].step) or ""
+    elif name in FAMILIES:
+        kind, config = family_class(name), GeneratorSection
+    else:
+        try:
+            one_of(name, known)
+        except ValueError as error:
+            raise InputError(f"{name!r} {error}") from None
+    lines = [f"  {key} {_default(field)}\n      {field.description or ''}" for key, field in config.model_fields.items()]
+    return "\n".join([inspect.getdoc(inspect.getmodule(kind)) or "", "", "Knobs:" if lines else "No knobs.", *lines])
+
+
+def _default(field: FieldInfo) -> str:
+    return "(must be given)" if field.is_required() else f"= {field.get_default()!r}"
