@@ -127,7 +127,10 @@ def _on_hub(weights: str) -> bool:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 over the names and bytes of all weights and configs of a pipeline folder: what its pictures depend on."""
+    """sha256 over the names and bytes of all weights and configs of a model folder, which its output depends on; or of a file."""
+    if folder.is_file():
+        with folder.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".json", ".txt", ".model"):

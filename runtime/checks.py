@@ -75,6 +75,19 @@ def _blamed(section: str) -> Iterator[None]:
         raise InputError(message if message.startswith(section) else f"{section}: {message}") from None
 
 
+def reward_weights(experiment: Experiment) -> dict[str, Path]:
+    """{as the experiment calls it: path} of what the rewards' knobs name on this machine; the hub's models are not here yet."""
+    from runtime.roles import located
+
+    entries = [*experiment.rewards.train, *experiment.rewards.heldout]
+    return {
+        named: Path(path)
+        for entry, found in zip(entries, located(entries), strict=True)
+        for named, path in ((entry[key], found[key]) for key in entry if key not in ("name", "label"))
+        if isinstance(path, str) and Path(path).exists()
+    }
+
+
 def digest(prompts: Sequence[Prompt]) -> str:
     """sha256 of what prompts say, in their order."""
     return hashlib.sha256("\0".join(f"{prompt.id}\0{prompt.text}" for prompt in prompts).encode()).hexdigest()

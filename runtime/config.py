@@ -98,6 +98,10 @@ class RewardsSection(Section):
     """Entries are {name, label, weight, the scorer's own knobs ...}; `rewards.registry` knows them."""
 
     train: tuple[dict[str, Any], ...] = Field(description="the mixture that is trained, a weighted mean")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize",
+        description="what is trained: the weighted mean, or that of rewards each standardised inside its group; TRL's words",
+    )
     heldout: tuple[dict[str, Any], ...] = Field((), description="rewards only looked at, at every evaluation")
 
     @field_validator("train", "heldout", mode="before")

@@ -16,7 +16,7 @@ import yaml
 
 from generators import download, resolve, weights_hash
 from generators.outline import Outline
-from runtime.checks import check_inputs, digest, shape_of_adapter
+from runtime.checks import check_inputs, digest, reward_weights, shape_of_adapter
 from runtime.config import Experiment, InputError, nearest, read_experiment
 from runtime.run_folder import RunFolder, replaced
 from runtime.signals import signals_end_the_process
@@ -64,7 +64,8 @@ def launch_experiment(
             return 0
         source = experiment.generator
         prompts = {experiment.prompts.train: digest(train), experiment.prompts.heldout: digest(heldout)}
-        weights = {source.weights: weights_hash(download(source.weights, source.family))}
+        models = {source.weights: download(source.weights, source.family), **reward_weights(experiment)}
+        weights = {name: weights_hash(path) for name, path in models.items()}
         record_environment(folder.path / "environment.json", environment(weights, prompts))
         roles = new_executor(experiment, executor, address)
         try:
@@ -75,10 +76,7 @@ def launch_experiment(
         finally:
             roles.close()
         if stopped is None and folder.metrics()[-1]["step"] < experiment.run.steps:
-            good = max(folder.checkpoints(), default=None)
-            print(
-                f"stopped, for it looks like reward hacking; last good checkpoint: {'none' if good is None else f'step {good}'}"
-            )
+            print(f"stopped, for it looks like reward hacking; good checkpoints, by step: {list(folder.checkpoints())}")
     return 0 if stopped is None else 128 + stopped
 
 

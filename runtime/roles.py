@@ -24,6 +24,7 @@ from generators import embedded, load
 from generators.adapter_weights import AdapterWeights
 from generators.lora_file import load_lora
 from rewards import build
+from rewards.mixture import normalized_then_summed
 from rollouts.worker import Group, RolloutWorker
 from runtime.config import Experiment, RolloutsSection
 from runtime.learner import AVERAGE, Counted, Learner
@@ -291,6 +292,9 @@ class Trainer:
         rollout, scores = joined([s.rollout for s in sampled]), joined_scores([s.scores for s in sampled])
         device = self.generator.device  # what came through Ray's store is on the CPU
         trajectory = Trajectory(rollout.trajectory.x.to(device), rollout.trajectory.t)
+        if self.experiment.rewards.multi_objective_aggregation == "normalize_then_sum":
+            weights = {entry["label"]: entry["weight"] for entry in self.experiment.rewards.train}
+            scores = Scores(normalized_then_summed(scores.parts, weights, self.objective.group_size), scores.parts)
         rollout = replace(rollout, condition=rollout.condition.to(device), trajectory=trajectory)
         items = self.objective.items(rollout, scores, self.learner.predict, self.generator.path, generator)
         return self.learner.update(step, items)

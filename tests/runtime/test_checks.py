@@ -1,12 +1,13 @@
 """What is wrong with an experiment is found before a network is loaded, and said in one line."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from generators import load
+from generators import embedded, load, weights_hash
 from generators.export import export_diffusers
-from runtime.checks import check_inputs, shape_of_adapter
+from runtime.checks import check_inputs, reward_weights, shape_of_adapter
 from runtime.config import InputError, read_experiment
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
@@ -56,6 +57,15 @@ def test_what_is_right_comes_back(tmp_path):
     *_, outline = check_inputs(started, "inline")
     rank, layers = shape_of_adapter(started, outline)
     assert (rank, set(layers)) == (2, set(whole.adapters.lora("policy").modules))
+
+
+def test_the_weights_of_rewards_are_found(tmp_path):
+    (tmp_path / "head.pth").write_bytes(b"x")
+    rewards = (
+        f"rewards.heldout=[{{name: clip_score, weights: 'embedded:glyphs-clip'}}, {{name: brightness, label: {tmp_path.name}}}]"
+    )
+    assert reward_weights(read_experiment(QUICKSTART, [rewards])) == {"embedded:glyphs-clip": embedded("embedded:glyphs-clip")}
+    assert weights_hash(tmp_path / "head.pth") == hashlib.sha256(b"x").hexdigest()
 
 
 def test_prompts_both_trained_on_and_held_out_are_told(capsys):

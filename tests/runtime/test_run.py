@@ -293,6 +293,19 @@ def test_a_run_stops_at_the_last_evaluation_that_looked_good(tmp_path, monkeypat
     assert "quickstart looks like reward hacking: it cheats" in (folder.path / "report.html").read_text()
 
 
+def test_rewards_may_be_standardised_before_they_are_summed(tmp_path):
+    rewards = "rewards.train=[{name: glyph_match}, {name: brightness, weight: 100, clip: [0, 0.9]}]"
+    lines = {}
+    for how in ("sum_then_normalize", "normalize_then_sum"):
+        for scale in (1, 100):
+            changed = rewards.replace("100", str(scale))
+            experiment = small(changed, f"rewards.multi_objective_aggregation={how}", "run.steps=1")
+            folder, _ = go(experiment, tmp_path / f"{how}{scale}")
+            lines[how, scale] = folder.metrics()[0]
+    assert len({line["reward/brightness"] for line in lines.values()}) == 1
+    assert len({line["grad_norm"] for line in lines.values()}) == 4
+
+
 def test_groups_are_split_where_micro_batches_end():
     from runtime.remote import split
 
