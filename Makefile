@@ -1,11 +1,12 @@
 # make quickstart  an experiment on the glyph world: reward curve, picture grids, exported LoRA (about 5 minutes on 2 cores)
 # make test        lint, format, types, tests (creates .venv if there is none)
 # make format      rewrite the files the way `make test` wants them
+# make rewards     what the rewards hpsv2 (backend: hpsv2) and image_reward need beside the rest
 # make world       train the embedded glyph networks again (an hour or two on 2 cores)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test format world clean
+.PHONY: quickstart test format rewards world clean
 .DELETE_ON_ERROR:
 
 # torch goes first and alone; see constraints.txt.
@@ -36,6 +37,12 @@ test: .venv/dev-installed
 format: .venv/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# --no-deps: what these packages ask for would take protobuf, timm and pytest back by years; rewards/compat.py lets them work with
+# present versions. pip then complains about what it was told to leave out; see requirements/rewards.txt.
+rewards: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[rewards]'
+	$(BIN)/pip install -q --no-deps -r requirements/rewards.txt
 
 world: .venv/dev-installed
 	$(BIN)/python -m worlds.glyphs.make

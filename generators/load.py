@@ -127,7 +127,7 @@ def _on_hub(weights: str) -> bool:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 over the names and bytes of all weights and configs of a model folder, which its output depends on; or of a file."""
+    """sha256 over names and bytes of all weights and configs of a model folder, what its output depends on; or of a file."""
     if folder.is_file():
         with folder.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

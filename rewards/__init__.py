@@ -3,9 +3,20 @@
 registry.py       REWARDS; an experiment's `rewards:` entries -> one mixture; every way they can be wrong in one line
 mixture.py        the weighted mean of rewards, itself a RewardModel; the check that stops a run on a broken score
 weights.py        `weights:` of a scorer -> a local folder
+checkpoints.py    checkpoint files and tokenizers: found, downloaded, read
+compat.py         what the packages hpsv2 and image-reward need beside present libraries
 brightness.py     mean luminance; differentiable
 symmetry.py       likeness to the mirror image; differentiable
+contrast.py       standard deviation of luminance; differentiable
+colorfulness.py   spread and mean of the colours (Hasler and Süsstrunk); differentiable
+compressibility.py  bits per pixel of a JPEG-like code; differentiable
+jpeg_size.py      kilobytes of the JPEG file; not differentiable
 clip_score.py     cosine of image and caption in any CLIPModel; differentiable
+hpsv2.py          HPS v2: which picture people prefer for a caption; differentiable
+image_reward.py   ImageReward, with its package; differentiable
+pickscore.py      which picture people pick for a caption; differentiable
+aesthetic.py      LAION's predictor of how pleasing a picture is; differentiable
+vlm_judge.py      the number that a vision-language model behind a chat endpoint says; not differentiable
 glyph_match.py    does the picture show what the caption says? for the glyph world
 
 Scorers take seconds to import, so this package re-exports only what needs none of them.

@@ -12,7 +12,7 @@ Axes: B images, M of them in one forward pass, D common dimensions of image and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,14 @@ class CLIPScore:
         self.label = label
         self.micro_batch = micro_batch
         self.preprocess = Preprocess(folder)
-        self.model, self.tokenizer = _load(folder)
+        self.model = load_network(folder)
+        self.tokenizer = _load_tokenizer(folder, self.model)
         self._texts: dict[str, Tensor] = {}
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
         self.model.to(images.device)
-        features = self.image_features if torch.is_grad_enabled() and images.requires_grad else self._features_of_filled
-        image = torch.cat([features(part) for part in images.split(self.micro_batch)])
+        image = in_micro_batches(self.image_features, images, self.micro_batch)
         text = torch.stack([self.text_features(prompt.text) for prompt in prompts]).to(images.device)
         total = (image * text).sum(1)
         return Scores(total, {self.label: total})
@@ -71,11 +71,6 @@ class CLIPScore:
         """images [B, 3, H, W] in [0, 1] -> [B, D] of length 1."""
         pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
-
-    def _features_of_filled(self, images: Tensor) -> Tensor:
-        """The same of at most M images, in a batch that the last one fills up to M."""
-        rows = torch.arange(self.micro_batch).clamp(max=len(images) - 1)
-        return self.image_features(images[rows])[: len(images)]
 
     def text_features(self, text: str) -> Tensor:
         """One caption by itself, [D] of length 1 on the CPU."""
@@ -145,20 +140,42 @@ def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     return images[:, :, top : top + height, left : left + width]
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """The frozen network in float32 and its tokenizer. Any, because transformers' classes get their attributes at run time.
+def in_micro_batches(network: Callable[[Tensor], Tensor], images: Tensor, micro_batch: int) -> Tensor:
+    """What the network makes of images [B, 3, H, W], [B, ...], at most M of them at once.
 
-    For files that are not there transformers makes up random weights and a tokenizer that knows no word, so both are checked.
+    Where no gradient is asked for, it sees M of them always: the last image of a batch that is too short fills it up.
     """
-    from transformers import CLIPModel, CLIPTokenizer
+    parts = []
+    for part in images.split(micro_batch):
+        if torch.is_grad_enabled() and images.requires_grad:
+            parts.append(network(part))
+        else:
+            rows = torch.arange(micro_batch).clamp(max=len(part) - 1)
+            parts.append(network(part[rows])[: len(part)])
+    return torch.cat(parts)
+
+
+def load_network(folder: Path) -> Any:
+    """The frozen CLIPModel in float32. Any, because transformers' classes get their attributes at run time.
+
+    Raises ValueError for incomplete files: transformers makes up random weights for what is not there.
+    """
+    from transformers import CLIPModel
 
     model, report = CLIPModel.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     if missing := report["missing_keys"]:
         raise ValueError(f"{folder}: its weights lack {len(missing)} of CLIPModel's, for example {sorted(missing)[0]}")
+    return model.requires_grad_(False).eval()
+
+
+def _load_tokenizer(folder: Path, model: Any) -> Any:
+    """Checked as well: where its files are not there, transformers makes up one that knows no word."""
+    from transformers import CLIPTokenizer
+
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     if len(tokenizer) != model.config.text_config.vocab_size:
         words = model.config.text_config.vocab_size
         raise ValueError(f"{folder}: its tokenizer files know {len(tokenizer)} tokens, its text tower {words}")
-    return model.requires_grad_(False).eval(), tokenizer
+    return tokenizer

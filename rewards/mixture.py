@@ -6,7 +6,7 @@ Axis: B images.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,38 @@ class Mixture:
             parts[reward.label] = part
             total = total + share * part
         return Scores(total, parts)
+
+
+class Clipped:
+    """A reward whose scores beyond [low, high] count as the nearer end; the gradient is zero there."""
+
+    def __init__(self, reward: RewardModel, low: float, high: float) -> None:
+        self.reward = reward
+        self.low, self.high = low, high
+        self.label, self.differentiable = reward.label, reward.differentiable
+        if hasattr(reward, "image_features"):
+            self.image_features = reward.image_features
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError as `score` does."""
+        total = score(self.reward, images, prompts).total.clamp(self.low, self.high)
+        return Scores(total, {self.label: total})
+
+
+def normalized_then_summed(parts: Mapping[str, Tensor], weights: Mapping[str, float], group_size: int) -> Tensor:
+    """Each reward less its group's mean, over its group's standard deviation, then the weighted mean: [B], whole groups.
+
+    No reward's scale has a say, as it has in a `Mixture`'s total. TRL's `normalize_then_sum`, without the 1e-4 it adds to a
+    deviation: where a reward does not vary in a group it adds nothing.
+    """
+    whole, total = sum(weights.values()), torch.zeros(1)
+    for label, weight in weights.items():
+        groups = parts[label].unflatten(0, (-1, group_size))
+        centred = groups - groups.mean(dim=1, keepdim=True)
+        varies = (groups != groups[:, :1]).any(dim=1, keepdim=True)
+        scaled = torch.where(varies, centred / centred.std(dim=1, keepdim=True), 0.0)
+        total = total.to(scaled.device) + weight / whole * scaled.flatten()
+    return total
 
 
 def score(reward: RewardModel, images: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -17,16 +17,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 if TYPE_CHECKING:
     from rewards.mixture import Mixture
 
 REWARDS = {
+    "aesthetic": "Aesthetic",
     "brightness": "Brightness",
     "clip_score": "CLIPScore",
+    "colorfulness": "Colorfulness",
+    "compressibility": "Compressibility",
+    "contrast": "Contrast",
     "glyph_match": "GlyphMatch",
+    "hpsv2": "HPSv2",
+    "image_reward": "ImageReward",
+    "jpeg_size": "JPEGSize",
+    "pickscore": "PickScore",
     "symmetry": "Symmetry",
+    "vlm_judge": "VLMJudge",
 }
 """{name in an experiment: class in the file of that name}"""
 CODE = "python:"
@@ -41,6 +50,14 @@ class Entry(BaseModel):
     name: str = Field(description="Which scorer.")
     label: str = Field("", description="What its curves are called; its name by default. Two rewards of one name need labels.")
     weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="Its share of the mean; 0 only watches.")
+    clip: tuple[float, float] | None = Field(None, description="Scores beyond [low, high] count as the nearer end.")
+
+    @field_validator("clip")
+    @classmethod
+    def _clip_is_a_range(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
+        if clip is not None and not clip[0] < clip[1]:
+            raise ValueError(f"{list(clip)} is no range [low, high]")
+        return clip
 
 
 class NoKnobs(BaseModel):
@@ -101,7 +118,10 @@ def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> Mixture
 
 
 def _build(entry: Mapping[str, Any]) -> Any:
-    return scorer(entry["name"])(label=entry["label"], **_own(entry))
+    from rewards.mixture import Clipped
+
+    reward = scorer(entry["name"])(label=entry["label"], **_own(entry))
+    return reward if entry["clip"] is None else Clipped(reward, *entry["clip"])
 
 
 def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +132,7 @@ def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _resolve(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(entry, Mapping) or "name" not in entry:
-        raise ValueError(f"{key} {entry!r} has no name; write for example {{name: {next(iter(REWARDS))}}}")
+        raise ValueError(f"{key} {entry!r} has no name; write for example {{name: brightness}}")
     name = entry["name"]
     if not is_code(name) and name not in list(REWARDS):  # YAML may put a list there, which no dict can be asked for
         raise ValueError(f"{key}.name {name!r} is not known{_allowed(name, REWARDS)}")

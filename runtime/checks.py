@@ -20,6 +20,9 @@ from rollouts.prompts import read_prompts
 from runtime.config import Experiment, InputError
 from runtime.tracking import check_trackers
 
+PLACES = ("weights", "head", "tokenizer", "med_config")
+"""Knobs of rewards that name files, folders or hub ids."""
+
 
 def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], list[Prompt], Outline]:
     """The prompts to train on, the held-out ones, and the generator's outline."""
@@ -83,8 +86,8 @@ def reward_weights(experiment: Experiment) -> dict[str, Path]:
     return {
         named: Path(path)
         for entry, found in zip(entries, located(entries), strict=True)
-        for named, path in ((entry[key], found[key]) for key in entry if key not in ("name", "label"))
-        if isinstance(path, str) and Path(path).exists()
+        for named, path in ((entry[key], found[key]) for key in PLACES if entry.get(key))
+        if Path(path).exists()
     }
 
 

@@ -1,6 +1,7 @@
 """What every scorer owes the run, whatever it measures."""
 
 import inspect
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,22 @@ ROUNDING = 1e-6
 
 
 @pytest.fixture(scope="module")
-def build(clip_folder):
-    knobs = {"brightness": {}, "clip_score": {"weights": str(clip_folder)}, "glyph_match": {}, "symmetry": {}}
-    return lambda name, **label: rewards.scorer(name)(**knobs[name], **label)
+def build(clip_folder, hps_folder, image_reward_folder, head_file, chat_server):
+    knobs = {
+        "aesthetic": {"head": str(head_file), "weights": str(clip_folder)},
+        "clip_score": {"weights": str(clip_folder)},
+        "hpsv2": {"weights": str(hps_folder), "tokenizer": str(clip_folder)},
+        "image_reward": {"weights": str(image_reward_folder), "tokenizer": str(image_reward_folder)},
+        "pickscore": {"weights": str(clip_folder)},
+        "vlm_judge": {"url": chat_server.url, "model": "brightness", "max_requests": 1_000_000},
+    }
+
+    def build(name, **label):
+        if name == "image_reward" and find_spec("ImageReward") is None:
+            pytest.skip("image-reward is not installed; make rewards")
+        return rewards.scorer(name)(**knobs.get(name, {}), **label)
+
+    return build
 
 
 @pytest.fixture(scope="module", params=rewards.REWARDS)
@@ -48,7 +62,15 @@ def images():
 
 def test_every_file_is_a_scorer_or_shared_by_them():
     files = {path.stem for path in Path(rewards.__file__).parent.glob("*.py")}
-    assert files == set(rewards.REWARDS) | {"__init__", "registry", "mixture", "weights"}
+    assert files == set(rewards.REWARDS) | {
+        "__init__",
+        "registry",
+        "mixture",
+        "weights",
+        "checkpoints",
+        "compat",
+        "user_function",
+    }
 
 
 def test_it_keeps_to_the_interface(reward, name, images):

@@ -5,7 +5,7 @@ import torch
 
 from diffusion.types import Prompt, RewardModel, Scores
 from rewards.brightness import Brightness
-from rewards.mixture import Mixture, RewardError, score
+from rewards.mixture import Clipped, Mixture, RewardError, normalized_then_summed, score
 from rewards.symmetry import Symmetry
 
 PROMPTS = [Prompt("1", "a red circle"), Prompt("2", "a blue seven")]
@@ -146,3 +146,25 @@ def test_the_error_travels_between_processes():
 def test_members_that_make_no_mixture(members, said):
     with pytest.raises(ValueError, match=said):
         Mixture(members)
+
+
+def test_clipped_scores_count_as_the_nearer_end():
+    says = Says(torch.tensor([-2.0, 0.25]))
+    assert Clipped(says, 0.0, 1.0)(torch.rand(2, 3, 4, 4), PROMPTS[:2]).total.tolist() == [0.0, 0.25]
+    images = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
+    Clipped(Brightness(), 0.6, 1.0)(images, PROMPTS[:1]).total.sum().backward()
+    assert not images.grad.any()
+
+
+def test_a_clipped_reward_that_is_broken_still_stops_the_run():
+    with pytest.raises(RewardError, match="gave the score nan"):
+        Clipped(Says(torch.tensor([float("nan")])), 0.0, 1.0)(torch.rand(1, 3, 4, 4), PROMPTS[:1])
+
+
+def test_normalized_then_summed_by_hand():
+    parts = {"a": torch.tensor([0.0, 1.0, 5.0, 5.0]), "b": torch.tensor([300.0, 100.0, 2.0, 6.0]), "watched": torch.ones(4)}
+    half = 0.5**0.5  # of two scores, each is this many standard deviations from their mean
+    expected = torch.tensor([-half / 4 + 3 * half / 4, half / 4 - 3 * half / 4, -3 * half / 4, 3 * half / 4])
+    torch.testing.assert_close(normalized_then_summed(parts, {"a": 1.0, "b": 3.0, "watched": 0.0}, 2), expected)
+    scaled = parts | {"b": 0.001 * parts["b"] - 7}
+    torch.testing.assert_close(normalized_then_summed(scaled, {"a": 1.0, "b": 3.0}, 2), expected, atol=1e-4, rtol=0)

@@ -20,8 +20,8 @@ def refused(*entries) -> str:
 def test_entries_are_completed():
     resolved = rewards.resolve([{"name": "glyph_match"}, {"name": "clip_score", "weights": "w", "label": "clip", "weight": 2}])
     assert resolved == [
-        {"name": "glyph_match", "label": "glyph_match", "weight": 1.0},
-        {"name": "clip_score", "label": "clip", "weight": 2.0, "weights": "w", "micro_batch": 8},
+        {"name": "glyph_match", "label": "glyph_match", "weight": 1.0, "clip": None},
+        {"name": "clip_score", "label": "clip", "weight": 2.0, "clip": None, "weights": "w", "micro_batch": 8},
     ]
     assert rewards.resolve(resolved) == resolved
 
@@ -36,8 +36,8 @@ def test_from_entries_to_scores(clip_folder):
 
 
 def test_unknown_names():
-    expected = "rewards.train[1].name 'clipscore' is not known; allowed: brightness, clip_score, glyph_match, symmetry; "
-    assert refused({"name": "brightness"}, {"name": "clipscore"}) == expected + "did you mean 'clip_score'?"
+    expected = "rewards.train[1].name 'clipscore' is not known; allowed: " + ", ".join(rewards.REWARDS)
+    assert refused({"name": "brightness"}, {"name": "clipscore"}) == expected + "; did you mean 'clip_score'?"
     with pytest.raises(ValueError, match=r"reward 'brightnes' is not known; .* did you mean 'brightness'"):
         rewards.scorer("brightnes")
     assert "[0].name ['x'] is not known" in refused({"name": ["x"]})
@@ -53,12 +53,12 @@ def test_wrong_knobs():
     assert said == "rewards.train[0].weights is missing"
     said = refused({"name": "clip_score", "weights": "x", "microbatch": 3})
     assert said.startswith(
-        "rewards.train[0].microbatch is not known; allowed: name, label, weight, weights, micro_batch; did you"
+        "rewards.train[0].microbatch is not known; allowed: name, label, weight, clip, weights, micro_batch; did you"
     )
     assert "[0].micro_batch 0: input should be greater than or equal to 1" in refused(
         {"name": "clip_score", "weights": "x", "micro_batch": 0}
     )
-    assert "[0].weights is not known; allowed: name, label, weight; did you mean 'weight'?" in refused(
+    assert "[0].weights is not known; allowed: name, label, weight, clip; did you mean 'weight'?" in refused(
         {"name": "brightness", "weights": "x"}
     )
     assert "[0].weight -1: input should be greater than or equal to 0" in refused({"name": "brightness", "weight": -1})
@@ -84,3 +84,9 @@ def test_importing_the_package_and_the_scorers_is_light():
 
     assert imported("rewards.scorer") == "[]\n"
     assert imported("[rewards.knobs(name) for name in rewards.REWARDS]") == "['torch']\n"
+
+
+def test_a_clip_wraps_the_scorer_and_must_be_a_range():
+    mixture = rewards.build(rewards.resolve([{"name": "brightness", "clip": [0.2, 0.5]}]))
+    assert mixture(torch.ones(1, 3, 4, 4), [Prompt("1", "x")]).total.item() == 0.5
+    assert "[0.5, 0.2] is no range" in refused({"name": "brightness", "clip": [0.5, 0.2]})

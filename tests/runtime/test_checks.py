@@ -61,9 +61,8 @@ def test_what_is_right_comes_back(tmp_path):
 
 def test_the_weights_of_rewards_are_found(tmp_path):
     (tmp_path / "head.pth").write_bytes(b"x")
-    rewards = (
-        f"rewards.heldout=[{{name: clip_score, weights: 'embedded:glyphs-clip'}}, {{name: brightness, label: {tmp_path.name}}}]"
-    )
+    judge = "{name: vlm_judge, url: 'http://localhost:8000/v1', model: docs, max_requests: 1}"
+    rewards = f"rewards.heldout=[{{name: clip_score, weights: 'embedded:glyphs-clip'}}, {judge}]"
     assert reward_weights(read_experiment(QUICKSTART, [rewards])) == {"embedded:glyphs-clip": embedded("embedded:glyphs-clip")}
     assert weights_hash(tmp_path / "head.pth") == hashlib.sha256(b"x").hexdigest()
 
