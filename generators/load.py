@@ -133,7 +133,7 @@ def weights_hash(folder: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".json", ".txt", ".model"):
+        if path.suffix in (".safetensors", ".json", ".txt", ".model", ".pt", ".pth"):
             with path.open("rb") as file:
                 own = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.relative_to(folder).as_posix()} {own}\n".encode())

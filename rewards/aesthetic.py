@@ -14,17 +14,15 @@ Axes: B images, M of them in one forward pass, D dimensions of the features, 768
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from diffusion.types import Prompt, Scores
+from rewards.checkpoints import read_checkpoint
 from rewards.clip_score import Preprocess, in_micro_batches, load_network
 from rewards.weights import check_model, model_folder
 
@@ -88,7 +86,10 @@ def read_head(head: str) -> nn.Sequential:
 
     Raises ValueError unless its tensors are weights [out, in] and biases [out] of layers that fit onto each other.
     """
-    tensors = _read(head)
+    file = Path(head).expanduser()
+    if not file.is_file():
+        raise ValueError(f"head {head!r}: there is no such file; the original is sac+logos+ava1-l14-linearMSE.pth")
+    tensors = read_checkpoint(file, "head")
     for problem, keys in (("lacks", set(KEYS) - set(tensors)), ("has the unexpected", set(tensors) - set(KEYS))):
         if keys:
             raise ValueError(f"head {head!r}: {problem} {', '.join(sorted(map(str, keys))[:3])}; allowed: {', '.join(KEYS)}")
@@ -96,7 +97,7 @@ def read_head(head: str) -> nn.Sequential:
     for place in LAYERS:
         weight, bias = (tensors[f"layers.{place}.{kind}"] for kind in ("weight", "bias"))
         for name, tensor, axes in (("weight", weight, 2), ("bias", bias, 1)):
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim != axes:
+            if not tensor.is_floating_point() or tensor.ndim != axes:
                 raise ValueError(f"head {head!r}: layers.{place}.{name} is {_kind(tensor)}, not floating point in {axes} axes")
         wide = layers[-1].out_features if layers else weight.shape[1]
         out = 1 if place == LAYERS[-1] else weight.shape[0]
@@ -111,25 +112,5 @@ def read_head(head: str) -> nn.Sequential:
     return nn.Sequential(*layers).requires_grad_(False).eval()
 
 
-def _read(head: str) -> Mapping[Any, Any]:
-    """What the file holds by name. No code in it is run."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = Path(head).expanduser()
-    if not file.is_file():
-        raise ValueError(f"head {head!r}: there is no such file; the original is sac+logos+ava1-l14-linearMSE.pth")
-    if file.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"head {head!r}: its name ends in {file.suffix!r}; allowed: .pth, .safetensors")
-    try:
-        tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"head {head!r}: cannot be read as {file.suffix}: {reason}") from None
-    if not isinstance(tensors, Mapping):
-        raise ValueError(f"head {head!r}: holds a {type(tensors).__name__}, where tensors by name are needed")
-    return tensors
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.weights import _HUB_ID, _hub_errors
+from rewards.weights import HUB_ID, hub_errors
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".json")
 """A place that ends like this is meant as a file, and never asked for on the hub."""
@@ -64,8 +64,11 @@ def check_tokenizer(place: str, names: Sequence[str]) -> None:
         _check_hub("tokenizer", place, names)
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """{key: tensor} of a .safetensors file, or of a torch.save file, bare or under "state_dict". Runs no code from it."""
+def read_checkpoint(path: Path, key: str = "weights") -> dict[str, Tensor]:
+    """{name: tensor} of a .safetensors file, or of a torch.save file, bare or under "state_dict". Runs no code from it.
+
+    key: the knob that says the file, as errors name it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -75,11 +78,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError):
-        raise ValueError(f"weights {str(path)!r}: no checkpoint of plain tensors, the only kind that is read") from None
+        raise ValueError(f"{key} {str(path)!r}: no checkpoint of plain tensors, the only kind that is read") from None
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not found or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise ValueError(f"weights {str(path)!r}: holds no tensors by name")
+        raise ValueError(f"{key} {str(path)!r}: holds no tensors by name")
     return found
 
 
@@ -116,7 +119,7 @@ def _local(key: str, place: str) -> Path | None:
     """The file or folder, or None for a hub id."""
     if (path := Path(place).expanduser()).exists():
         return path
-    if _HUB_ID.fullmatch(place) and path.suffix not in SUFFIXES:
+    if HUB_ID.fullmatch(place) and path.suffix not in SUFFIXES:
         return None
     raise ValueError(f"{key} {place!r}: there is no such file or folder; allowed are a local one or a hub id owner/name")
 
@@ -139,7 +142,7 @@ def _check_hub(key: str, hub_id: str, names: Sequence[str]) -> None:
 def _blamed(key: str, hub_id: str) -> Iterator[None]:
     """What the hub says about `weights`, said about this knob."""
     try:
-        with _hub_errors(hub_id):
+        with hub_errors(hub_id):
             yield
     except ValueError as error:
         raise ValueError(str(error).replace("weights", key, 1)) from None

@@ -34,6 +34,7 @@ from torch import Tensor
 from diffusion.types import Prompt, Scores
 from rewards import compat
 from rewards.checkpoints import check_file, check_keys, check_tokenizer, local_file, read_checkpoint, tokenizer_folder
+from rewards.clip_score import in_micro_batches
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 """{version: its file at the hub}"""
@@ -82,6 +83,7 @@ class HPSv2:
 
     differentiable = True
     bounds = (-1.0, 1.0)
+    licence = "Apache-2.0"
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
@@ -129,8 +131,7 @@ class HPSv2:
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
         self.model.to(images.device)
-        features = self.image_features if torch.is_grad_enabled() and images.requires_grad else self._features_of_filled
-        image = torch.cat([features(part) for part in images.split(self.micro_batch)])
+        image = in_micro_batches(self.image_features, images, self.micro_batch)
         text = torch.stack([self.text_features(prompt.text) for prompt in prompts]).to(images.device)
         total = (image * text).sum(1)
         return Scores(total, {self.label: total})
@@ -138,11 +139,6 @@ class HPSv2:
     def image_features(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B, D] of length 1."""
         return F.normalize(self.towers.image(self.preprocess(images)), dim=-1)
-
-    def _features_of_filled(self, images: Tensor) -> Tensor:
-        """The same of at most M images, in a batch that the last one fills up to M."""
-        rows = torch.arange(self.micro_batch).clamp(max=len(images) - 1)
-        return self.image_features(images[rows])[: len(images)]
 
     @torch.no_grad()
     def text_features(self, text: str) -> Tensor:

@@ -48,6 +48,7 @@ class ImageReward:
 
     differentiable = True
     bounds = (-math.inf, math.inf)
+    licence = "Apache-2.0"
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 FILES = ("*.json", "*.txt", "*.safetensors")
 """What is downloaded of a model: no pickles, which could run code."""
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def model_folder(weights: str, model_type: str) -> Path:
@@ -23,7 +23,7 @@ def model_folder(weights: str, model_type: str) -> Path:
         _check_hub(weights)
         from huggingface_hub import snapshot_download
 
-        with _hub_errors(weights):
+        with hub_errors(weights):
             folder = Path(snapshot_download(weights, allow_patterns=list(FILES), ignore_patterns=["*/*"]))
     _check_folder(folder, weights, model_type)
     return folder
@@ -41,7 +41,7 @@ def _check_hub(hub_id: str) -> None:
     """A model that is not in the cache is asked for once; the download alone would retry for half a minute without network."""
     from huggingface_hub import auth_check, try_to_load_from_cache
 
-    with _hub_errors(hub_id):
+    with hub_errors(hub_id):
         if not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
             auth_check(hub_id)
 
@@ -50,7 +50,7 @@ def _local(weights: str) -> Path | None:
     """The folder, or None for a hub id."""
     if (local := Path(weights).expanduser()).exists():
         return local
-    if _HUB_ID.fullmatch(weights):
+    if HUB_ID.fullmatch(weights):
         return None
     raise ValueError(f"weights {weights!r}: there is no such folder; allowed are a local folder or a hub id owner/name")
 
@@ -66,7 +66,7 @@ def _check_folder(folder: Path, weights: str, model_type: str) -> None:
 
 
 @contextmanager
-def _hub_errors(hub_id: str) -> Iterator[None]:
+def hub_errors(hub_id: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:

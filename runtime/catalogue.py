@@ -17,6 +17,7 @@ from align import ALGORITHMS
 from diffusion import SOLVERS, Prompt
 from generators.load import FAMILIES, family_class
 from rewards import REWARDS, build, check, is_code, knobs, resolve, scorer
+from runtime.checks import PLACES
 from runtime.config import GeneratorSection, InputError, one_of
 from runtime.roles import located
 
@@ -40,11 +41,20 @@ def reward_table() -> list[dict[str, str]]:
                 "reward": name,
                 "differentiable": "yes" if kind.differentiable else "no",
                 "range": f"[{low:g}, {high:g}]",
-                "needs": ", ".join(key for key, field in knobs(name).model_fields.items() if field.is_required()) or "nothing",
+                "needs": ", ".join(_needs(name)) or "nothing",
                 "licence": getattr(kind, "licence", "Odeon's"),
             }
         )
     return rows
+
+
+def _needs(name: str) -> list[str]:
+    """The knobs that have to be given, and the weights that come from the hub unless others are."""
+    fields = knobs(name).model_fields
+    required = [key for key, field in fields.items() if field.is_required()]
+    return required + [
+        f"{key} (or {fields[key].default})" for key in PLACES if key in fields and fields[key].default and key not in required
+    ]
 
 
 def score_files(text: str, files: Sequence[Path], prompt: str, allow_code: bool) -> list[dict[str, str]]:

@@ -24,10 +24,14 @@ from generators import embedded, load
 from generators.adapter_weights import AdapterWeights
 from generators.lora_file import load_lora
 from rewards import build
+from rewards.compat import ensure_torchvision
 from rewards.mixture import normalized_then_summed
 from rollouts.worker import Group, RolloutWorker
 from runtime.config import Experiment, RolloutsSection
 from runtime.learner import AVERAGE, Counted, Learner
+
+# Before anything imports diffusers or transformers: a torchvision that does not fit torch would take both down.
+ensure_torchvision()
 
 IMAGES_PER_PROMPT = 2
 """Held-out pictures of one prompt: two, so that there is a distance between them."""
