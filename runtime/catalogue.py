@@ -52,9 +52,8 @@ def _needs(name: str) -> list[str]:
     """The knobs that have to be given, and the weights that come from the hub unless others are."""
     fields = knobs(name).model_fields
     required = [key for key, field in fields.items() if field.is_required()]
-    return required + [
-        f"{key} (or {fields[key].default})" for key in PLACES if key in fields and fields[key].default and key not in required
-    ]
+    places = {key: fields[key].default for key in PLACES if key in fields and key not in required}
+    return required + [f"{key} ({default} unless given)" for key, default in places.items() if default]
 
 
 def score_files(text: str, files: Sequence[Path], prompt: str, allow_code: bool) -> list[dict[str, str]]:
