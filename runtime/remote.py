@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +28,7 @@ from rollouts.worker import Group
 from runtime.config import Experiment, InputError
 from runtime.executor import Batch, figures
 from runtime.roles import SHOWN, Evaluated, Sampler, Trainer
-from runtime.signals import SIGNALS, signals_kept
+from runtime.signals import signals_blocked, signals_kept
 
 ATTEMPTS = 4
 """How often a call is made before the run fails: a death a minute is bad luck, four in a row are a bug."""
@@ -173,7 +172,7 @@ class RayExecutor:
 def connect(address: str, processes: int) -> None:
     """Raises InputError for an address that cannot be used."""
     common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    with signals_kept(), _ray_signal():
+    with signals_blocked(), signals_kept():
         if address == "local":
             # Actors wait for each other, so more of them than cores is no harm: ask for as many slots as there are processes.
             ray.init(address="local", num_cpus=max(processes, os.cpu_count() or 1), include_dashboard=False, **common)
@@ -182,15 +181,6 @@ def connect(address: str, processes: int) -> None:
             ray.init(address=address, **common)
         except (ConnectionError, ValueError) as error:
             raise InputError(f"--ray {address!r}: {str(error).splitlines()[0]}") from None
-
-
-@contextmanager
-def _ray_signal() -> Iterator[None]:
-    """While it starts, ray exits with the bare number of a signal; 128 is added to it everywhere else."""
-    try:
-        yield
-    except SystemExit as error:
-        raise SystemExit(128 + error.code if error.code in SIGNALS else error.code) from None
 
 
 def gpus_of_a_process(device: str, processes: int) -> float:

@@ -30,8 +30,7 @@ def signals_end_the_process() -> Iterator[None]:
 def signals_noted() -> Iterator[list[int]]:
     """A signal is noted for the loop to read; a second one ends the process on the spot.
 
-    A signal to the whole process group, as schedulers send it, also ends the cluster that Ray started here. Then the step under
-    way fails: that is no failure of the run.
+    Where the signal also hit what the step under way needs, the step fails: that is no failure of the run.
     """
     noted: list[int] = []
 
@@ -58,6 +57,20 @@ def signals_kept() -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Signals wait for the end of the block, and do not reach the processes that it starts: they inherit this.
+
+    Schedulers send SIGTERM to a whole process group. The cluster that Ray starts here is in it, and would be gone before the
+    step under way is done.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -63,3 +63,17 @@ def test_before_the_first_step_a_launch_ends_with_the_signals_code(tmp_path, exe
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
+
+
+def test_a_signal_to_the_whole_group_leaves_ray_alive_until_the_step_is_done(tmp_path):
+    small = ["rollouts.groups_per_step=1", "prompts.heldout_number=2", "run.steps=50", "run.evaluate_every=50"]
+    command = [sys.executable, "-m", "runtime.cli", "launch", "experiments/quickstart.yaml", *small]
+    run = tmp_path / "run"
+    process = subprocess.Popen([*command, "--run-dir", str(run)], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text().endswith("\n"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    steps = (run / "metrics.jsonl").read_text().count("\n")
+    assert (run / "checkpoints" / f"step_{steps:06d}" / "policy.safetensors").exists()
