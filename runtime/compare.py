@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,14 @@ def abscissa(line: Mapping[str, Any], axis: str) -> float:
 def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metric: str | None = None) -> None:
     """One page without any outside resource: every metric as a plot, rewards first, over the axis that the reader chooses."""
     import plotly.graph_objects as go
+    from plotly.colors import qualitative
     from plotly.offline import get_plotlyjs
 
     plots, abscissas = [], {}
     for number, key in enumerate([metric] if metric else _metrics_in_order(runs)):
         figure = go.Figure()
-        for name, lines in runs.items():
-            _add_curve(figure, name, lines, key, axis)
+        for color, (name, lines) in zip(cycle(qualitative.D3), runs.items(), strict=False):
+            _add_curve(figure, name, lines, key, axis, color)
         figure.update_layout(
             title=key,
             xaxis_title=AXES[axis],
@@ -205,13 +207,14 @@ def _metrics_in_order(runs: Mapping[str, Lines]) -> list[str]:
     return sorted(plotted, key=lambda key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)))
 
 
-def _add_curve(figure: Any, name: str, lines: Lines, key: str, axis: str) -> None:
+def _add_curve(figure: Any, name: str, lines: Lines, key: str, axis: str, color: str) -> None:
     points, x, error, base = _curve(lines, key, axis)
     bars = {"type": "data", "array": error} if error else None
     mode = "lines+markers" if key.startswith(("heldout/", "diversity")) else "lines"
-    figure.add_scatter(x=x, y=[line[key] for line in points], name=name, mode=mode, error_y=bars)
+    look = {"color": color}
+    figure.add_scatter(x=x, y=[line[key] for line in points], name=name, mode=mode, error_y=bars, line=look)
     if base:
-        figure.add_scatter(x=x, y=base, name=f"{name}: teacher", mode="lines", line={"dash": "dash"})
+        figure.add_scatter(x=x, y=base, name=f"{name}: teacher", mode="lines", line={**look, "dash": "dash"})
 
 
 def _curve(lines: Lines, key: str, axis: str) -> tuple[Lines, list[float], list[float] | None, list[float] | None]:

@@ -174,6 +174,8 @@ def connect(address: str, processes: int) -> None:
     common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     with signals_blocked(), signals_kept():
         if address == "local":
+            # By default Ray's workers are so nice, 15, that beside any other work a run hardly gets on.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # Actors wait for each other, so more of them than cores is no harm: ask for as many slots as there are processes.
             ray.init(address="local", num_cpus=max(processes, os.cpu_count() or 1), include_dashboard=False, **common)
             return
