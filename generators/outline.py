@@ -17,6 +17,11 @@ CONFIGS = {
     "vae": "vae/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
+KEYS = {
+    "transformer": ("patch_size", "pos_embed_max_size", "sample_size", "in_channels"),
+    "vae": ("block_out_channels",),
+}
+"""What is read of them."""
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -72,6 +77,9 @@ def check_shift(scheduler: Mapping[str, Any], shift: float | None) -> None:
 def read_outline(folder: Path, hub_id: str | None) -> Outline:
     """hub_id: where to ask for what is not in the folder; None for a local one. Raises ValueError if something is missing."""
     configs = {part: json.loads(_file(folder, name, hub_id).read_text()) for part, name in CONFIGS.items()}
+    for part, keys in KEYS.items():
+        if missing := [key for key in keys if key not in configs[part]]:
+            raise ValueError(f"weights {str(folder)!r}: {CONFIGS[part]} says no {missing[0]}")
     return Outline(**configs, shapes=_shapes(folder, hub_id))
 
 
@@ -86,13 +94,16 @@ def _file(folder: Path, name: str, hub_id: str | None) -> Path:
 
 
 def _shapes(folder: Path, hub_id: str | None) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
     for name in _weight_files(folder, hub_id):
         if (folder / name).is_file():
-            with safe_open(folder / name, framework="numpy") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            try:
+                with safe_open(folder / name, framework="numpy") as file:
+                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise ValueError(f"weights {str(folder)!r}: {name} is no whole safetensors file: {error}") from None
         elif hub_id is not None:
             from huggingface_hub import parse_safetensors_file_metadata
 

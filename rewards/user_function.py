@@ -3,7 +3,8 @@
     def f(images, prompts, **meta):      # images [B, 3, H, W] float32 in [0, 1], prompts B strings
         return scores                    # B numbers: a tensor, an array or a list
 
-Each column that any of the prompts has beside text and id comes as a keyword, a list of B values, None where a prompt lacks it.
+Each column that any of the prompts has beside text and id comes as a keyword, a list of B values, None where a prompt lacks it;
+but for columns called images or prompts, as the function's own arguments are.
 The function is code named in an experiment, so `odeon` calls it only with --allow-code.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ class UserFunction:
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.meta)
-        meta = {key: [prompt.meta.get(key) for prompt in prompts] for key in columns}
+        meta = {key: [prompt.meta.get(key) for prompt in prompts] for key in columns if key not in ("images", "prompts")}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             given = self.function(images, [prompt.text for prompt in prompts], **meta)
         total = torch.as_tensor(given, dtype=torch.float32, device=images.device)
@@ -61,10 +63,11 @@ def find(function: str) -> Callable[..., Any]:
     if where.endswith(".py"):
         if not Path(where).is_file():
             raise ValueError(f"reward {function!r}: there is no file {where}")
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        spec = importlib.util.spec_from_file_location(f"user_function_{Path(where).stem}", where)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look for their module there
         spec.loader.exec_module(module)
     else:
         try:

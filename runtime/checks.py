@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,11 @@ from pathlib import Path
 import torch
 
 from diffusion import Prompt
-from generators import outline
+from generators import download, outline
 from generators.lora_file import read_lora
 from generators.outline import Outline
 from generators.targets import SHORT_NAMES, match
-from rewards import check
+from rewards import CODE, check, is_code
 from rollouts.prompts import read_prompts
 from runtime.config import Experiment, InputError
 from runtime.tracking import check_trackers
@@ -78,19 +79,27 @@ def _blamed(section: str) -> Iterator[None]:
         raise InputError(message if message.startswith(section) else f"{section}: {message}") from None
 
 
-def reward_weights(experiment: Experiment) -> dict[str, Path]:
-    """{as the experiment calls it: path} of what the rewards' knobs name on this machine; the hub's models are not here yet."""
+def files_of(experiment: Experiment) -> dict[str, Path]:
+    """{as the experiment calls it: path} of all files and folders, beside prompts, that a run depends on.
+
+    Downloads the generator where it is on the hub. Models of rewards that are there are not here yet, and left out.
+    """
     from runtime.roles import located
 
+    source, start = experiment.generator, experiment.lora.start_from
+    with _blamed("generator"):
+        found = {source.weights: download(source.weights, source.family)}
+    named = {start: start} if start else {}
     entries = [*experiment.rewards.train, *experiment.rewards.heldout]
-    return {
-        named: Path(path)
-        for entry, found in zip(entries, located(entries), strict=True)
-        for named, path in ((entry[key], found[key]) for key in PLACES if entry.get(key))
-        if Path(path).exists()
-    }
+    for entry, placed in zip(entries, located(entries), strict=True):
+        named |= {entry[key]: placed[key] for key in PLACES if entry.get(key)}
+        if is_code(entry["name"]) and ".py:" in entry["name"]:
+            named[entry["name"]] = entry["name"].removeprefix(CODE).rpartition(":")[0]
+    paths = {name: Path(path).expanduser() for name, path in named.items()}
+    return found | {name: path for name, path in paths.items() if path.exists()}
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """sha256 of what prompts say, in their order."""
-    return hashlib.sha256("\0".join(f"{prompt.id}\0{prompt.text}" for prompt in prompts).encode()).hexdigest()
+    """sha256 of what prompts say, in their order, with all their columns."""
+    said = [[prompt.id, prompt.text, dict(prompt.meta)] for prompt in prompts]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

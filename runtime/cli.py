@@ -81,7 +81,7 @@ def compare(
     if out is not None and out.suffix not in WRITERS:
         raise InputError(f"--out {str(out)!r}: ends in no known format{nearest(out.suffix, WRITERS)}")
     runs = read_runs(run_dirs)
-    keys = {key for lines in runs.values() for line in lines for key in line}
+    keys = {key for lines in runs.values() for line in lines for key in line if key != "hacking"}
     if metric is not None and metric not in keys:
         raise InputError(f"--metric {metric!r}: is in none of the runs{nearest(metric, keys)}")
     print_table(runs)

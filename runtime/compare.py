@@ -77,7 +77,7 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
             f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>',
             f"<body><script>{get_plotlyjs()}</script><h1>{title}</h1>{_html_table(runs)}",
             *(f"<p><b>{escape(said)}</b></p>" for said in suspicions_of(runs)),
-            f'<p><label>curves over <select id="axis">{options}</select></label></p>',
+            f'<p><label>curves over <select id="axis" autocomplete="off">{options}</select></label></p>',
             f'<div class="plots">{"".join(plots)}</div>',
             f"<script>const abscissas = {json.dumps(abscissas)}, titles = {json.dumps(AXES)};{SWITCH}</script></body></html>",
         ]

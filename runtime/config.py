@@ -210,6 +210,11 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
         self.objective.check(self.rollouts.steps)
+        standardised = self.rewards.multi_objective_aggregation == "normalize_then_sum"
+        if standardised and getattr(self.objective, "spread_weights", False):
+            raise ValueError(
+                "objective.spread_weights = True: has nothing to weigh by after normalize_then_sum; allowed: False"
+            )
         return self
 
 

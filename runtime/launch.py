@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from generators import download, resolve, weights_hash
+from generators import resolve, weights_hash
 from generators.outline import Outline
-from runtime.checks import check_inputs, digest, reward_weights, shape_of_adapter
+from runtime.checks import check_inputs, digest, files_of, shape_of_adapter
 from runtime.config import Experiment, InputError, nearest, read_experiment
 from runtime.run_folder import RunFolder, replaced
 from runtime.signals import signals_end_the_process
@@ -62,12 +62,11 @@ def launch_experiment(
         if max(folder.checkpoints(), default=0) >= experiment.run.steps:
             print(f"{folder.path} has run its {experiment.run.steps} steps")
             return 0
-        source = experiment.generator
         prompts = {experiment.prompts.train: digest(train), experiment.prompts.heldout: digest(heldout)}
-        models = {source.weights: download(source.weights, source.family), **reward_weights(experiment)}
-        weights = {name: weights_hash(path) for name, path in models.items()}
+        weights = {name: weights_hash(path) for name, path in files_of(experiment).items()}
         record_environment(folder.path / "environment.json", environment(weights, prompts))
         roles = new_executor(experiment, executor, address)
+        folder.keep(experiment)
         try:
             with reporter(experiment.run.steps) as show:
                 if profile:
@@ -75,8 +74,10 @@ def launch_experiment(
                 stopped = run(experiment, folder, roles, train, heldout, show)
         finally:
             roles.close()
-        if stopped is None and folder.metrics()[-1]["step"] < experiment.run.steps:
-            print(f"stopped, for it looks like reward hacking; good checkpoints, by step: {list(folder.checkpoints())}")
+        if experiment.watch.stop_on_hacking and "hacking" in (lines := folder.metrics())[-1]:
+            good = {line["step"] for line in lines if "heldout/total" in line and "hacking" not in line}
+            kept = sorted(good & set(folder.checkpoints()))
+            print(f"stopped, for it looks like reward hacking; good checkpoints, by step: {kept}")
     return 0 if stopped is None else 128 + stopped
 
 
@@ -88,8 +89,8 @@ def record_environment(file: Path, now: dict[str, Any]) -> None:
         return
     began = json.loads(file.read_text())
     for kind in ("weights", "prompts"):
-        if began[kind] != now[kind]:
-            raise InputError(f"{', '.join(now[kind])}: the {kind} have changed since this run began. Give another --run-dir")
+        if changed := sorted(name for name, value in now[kind].items() if began[kind].get(name) != value):
+            raise InputError(f"{', '.join(changed)}: the {kind} have changed since this run began. Give another --run-dir")
 
 
 def new_executor(experiment: Experiment, kind: str, address: str) -> Executor:

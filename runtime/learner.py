@@ -63,6 +63,7 @@ class Learner:
         }
         self.waiting = dict.fromkeys(objective.players, 0)
         """{player: updates whose gradients wait for the optimiser}"""
+        self._moved = False
 
     def update(self, step: int, items: Items) -> dict[str, float]:
         """All updates of one training step, numbered from 1. Returns its metrics: loss, grad_norm, and the objective's own.
@@ -71,10 +72,11 @@ class Learner:
         not finite, before the optimiser sees it. `grad_norm` is that of the gradient gathered so far, before clipping.
         """
         metrics = {"loss": 0.0, "grad_norm": 0.0, **self.objective.idle_metrics}
+        self._moved = False
         for _ in range(self.objective.updates if len(items) else 0):
             for player, optimizer in self.optimizers.items():
                 metrics |= self._update_player(step, player, optimizer, items)
-        if self.config.ema is not None and len(items) and not any(self.waiting.values()):
+        if self.config.ema is not None and self._moved:
             self._average()
         norms = [p.detach().float().norm() for player in self.objective.players for p in self._parameters(player)]
         return {**metrics, "adapter_norm": torch.stack(norms).norm().item()}
@@ -100,6 +102,7 @@ class Learner:
                 group["lr"] = self.config.lr * self.rate(step)
             optimizer.step()
             optimizer.zero_grad()
+            self._moved = True
             self.waiting[player] = 0
         return {**metrics, "grad_norm": norm}
 

@@ -81,9 +81,10 @@ def run(
             stopping = bool(stopped)  # read once: whoever stops here has been checkpointed here
             if "heldout/total" in line or stopping:
                 write_report({experiment.name: folder.metrics()}, folder.path / "report.html")
-            if stopping or is_worth_keeping(experiment, line, progress):
+            hacked = experiment.watch.stop_on_hacking and "hacking" in line
+            if not hacked and (stopping or is_worth_keeping(experiment, line, progress)):
                 checkpoint(experiment, folder, executor, progress)
-            if stopping or (experiment.watch.stop_on_hacking and "hacking" in line):
+            if stopping or hacked:
                 break
     return stopped[0] if stopped else None
 

@@ -10,6 +10,7 @@ The learner is not restarted. When it dies the run fails, and the same command g
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from torch import Tensor
 
 from rollouts.worker import Group
@@ -33,7 +34,11 @@ from runtime.signals import signals_blocked, signals_kept
 ATTEMPTS = 4
 """How often a call is made before the run fails: a death a minute is bad luck, four in a row are a bug."""
 BACK_OFF = 1.0
-"""Seconds before the second attempt, doubled before each further one; a restarting worker refuses calls."""
+"""Seconds between two questions whether a worker is up again."""
+LONGEST_START = 1800.0
+"""Seconds for a worker to come up again: for its networks to load."""
+MOST_DEAD = 10
+"""So many times in a row the answer that it is dead, and not just away, means that it stays so."""
 
 
 class SamplerActor:
@@ -131,12 +136,12 @@ class RayExecutor:
         done: dict[int, Any] = {}
         last: Exception | None = None
         for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(BACK_OFF * 2 ** (attempt - 1))
             pending = {}
             for i, call in enumerate(calls):
                 if i not in done:
                     sampler = self._samplers[(i + attempt) % len(self._samplers)]
+                    if attempt:
+                        self._wait_for(sampler)
                     pending[i] = getattr(sampler, method).options(num_returns=returns).remote(*call)
             deadline = time.monotonic() + self.experiment.rollouts.deadline
             for i, reference in pending.items():
@@ -151,6 +156,25 @@ class RayExecutor:
             if len(done) == len(calls):
                 return [done[i] for i in range(len(calls))]
         raise RuntimeError(f"rollout workers died or hung {ATTEMPTS} times in a row on the same groups") from last
+
+    def _wait_for(self, sampler: Any) -> None:
+        """Until it is up again, which takes as long as its networks take to load; a restarting worker refuses calls.
+
+        Raises RuntimeError for one that does not come up.
+        """
+        end, dead = time.monotonic() + LONGEST_START, 0
+        while time.monotonic() < end and dead < MOST_DEAD:
+            try:
+                ray.get(sampler.units.remote(), timeout=max(0.0, end - time.monotonic()))
+                return
+            except ActorUnavailableError:
+                dead = 0
+            except RayActorError:
+                dead += 1
+            except GetTimeoutError:
+                break
+            time.sleep(BACK_OFF)
+        raise RuntimeError("a rollout worker died or hung, and does not come up again")
 
     def network_evaluations(self) -> tuple[int, int]:
         return ray.get(self._trainer.network_evaluations.remote())
@@ -190,7 +214,10 @@ def gpus_of_a_process(device: str, processes: int) -> float:
     have = ray.cluster_resources().get("GPU", 0)
     if device.startswith("cuda") and not have:
         raise InputError(f"run.device = {device!r}: the cluster has no GPU")
-    return 0 if device == "cpu" else min(1.0, have / processes)
+    if device == "cpu" or not have:
+        return 0
+    # So many of a process on one GPU, rounded down to what Ray counts in: a share must never need two of them.
+    return 1.0 if have >= processes else math.floor(1e4 / math.ceil(processes / have)) / 1e4
 
 
 def _quiet() -> None:

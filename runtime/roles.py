@@ -298,7 +298,8 @@ class Trainer:
         trajectory = Trajectory(rollout.trajectory.x.to(device), rollout.trajectory.t)
         if self.experiment.rewards.multi_objective_aggregation == "normalize_then_sum":
             weights = {entry["label"]: entry["weight"] for entry in self.experiment.rewards.train}
-            scores = Scores(normalized_then_summed(scores.parts, weights, self.objective.group_size), scores.parts)
+            parts = {label: part.cpu() for label, part in scores.parts.items()}  # where Ray's store brings them, too
+            scores = Scores(normalized_then_summed(parts, weights, self.objective.group_size), parts)
         rollout = replace(rollout, condition=rollout.condition.to(device), trajectory=trajectory)
         items = self.objective.items(rollout, scores, self.learner.predict, self.generator.path, generator)
         return self.learner.update(step, items)

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,9 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process. Raises InputError if another one holds it, or if it cannot be written to.
 
-        A new folder that turns out to hold no run, because the input was wrong, is removed again.
+        A new folder that turns out to hold no run, because the input was wrong, is removed again, if it holds nothing else.
         """
-        new = not self.path.exists()
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
@@ -56,11 +56,22 @@ class RunFolder:
                 yield
             except InputError:
                 if new and not self.metrics_file.exists():
-                    shutil.rmtree(self.path)
+                    self._withdraw(new)
                 raise
 
+    def _withdraw(self, folders: Sequence[Path]) -> None:
+        for name in (".lock", "experiment.yaml", "environment.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in folders:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
     def claim(self, experiment: Experiment) -> None:
-        """Write the experiment into a new folder, or check that an old one ran the same. Raises InputError if not."""
+        """Write the experiment into a new folder, or check that an old one ran the same. Raises InputError if not.
+
+        An old folder is changed by `keep` only, once nothing can be found wrong any more.
+        """
         file = self.path / "experiment.yaml"
         if file.exists():
             old, new = _flat(yaml.safe_load(file.read_text())), _flat(experiment.model_dump(mode="json"))
@@ -70,11 +81,15 @@ class RunFolder:
                 raise InputError(f"{self.path} ran another experiment: {shown}. Give another --run-dir")
             if new["run.steps"] < old["run.steps"]:
                 raise InputError(f"run.steps = {new['run.steps']}: may only grow, and {self.path} has {old['run.steps']}")
-        elif foreign := [name for name in ("metrics.jsonl", "checkpoints") if (self.path / name).exists()]:
+            return
+        if foreign := [name for name in ("metrics.jsonl", "checkpoints") if (self.path / name).exists()]:
             raise InputError(
                 f"{self.path}: has {foreign[0]} but no experiment.yaml, so it is no run of ours. Give another --run-dir"
             )
-        with replaced(file) as temporary:
+        self.keep(experiment)
+
+    def keep(self, experiment: Experiment) -> None:
+        with replaced(self.path / "experiment.yaml") as temporary:
             write_experiment(experiment, temporary)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 1.0
+"""Seconds within which a second signal is the first one over again: some senders signal the process and then its group."""
 
 
 @contextmanager
@@ -28,16 +31,20 @@ def signals_end_the_process() -> Iterator[None]:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """A signal is noted for the loop to read; a second one ends the process on the spot.
+    """A signal is noted for the loop to read; a later second one ends the process on the spot.
 
     Where the signal also hit what the step under way needs, the step fails: that is no failure of the run.
     """
     noted: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: object) -> None:
-        if noted:
+        nonlocal first
+        if not noted:
+            first = time.monotonic()
+            noted.append(number)
+        elif time.monotonic() - first > SAME:
             os._exit(128 + number)
-        noted.append(number)
 
     with _handled(note):
         try:

@@ -81,7 +81,7 @@ def evaluate_run(
     rollouts = changed_rollouts(experiment, steps=steps, solver=solver)
     experiment = more_rewards(experiment, rewards, allow_code)
     try:
-        check(located(experiment.rewards.heldout))
+        check(located([*experiment.rewards.train, *experiment.rewards.heldout]))
         texts = read_prompts(prompts or experiment.prompts.heldout)
     except ValueError as error:
         raise InputError(str(error)) from None

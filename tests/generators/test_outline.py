@@ -1,6 +1,7 @@
 """What is known of a generator without loading it is what it turns out to be."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,16 @@ def test_what_is_missing_is_named(folder, tmp_path):
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "UniPCMultistepScheduler"}))
     with pytest.raises(ValueError, match=f"no {SINGLE} there"):
         outline(str(tmp_path))
+
+
+def test_a_broken_header_or_config_is_one_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / SINGLE).write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        outline(str(tmp_path / "copy"))
+    (tmp_path / "copy" / "vae" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vae/config\.json says no block_out_channels"):
+        outline(str(tmp_path / "copy"))
 
 
 def test_latent_shapes_by_hand():

@@ -47,6 +47,15 @@ def test_gradients_flow_only_where_the_experiment_says_so(file, differentiable):
         torch.testing.assert_close(images.grad, torch.full_like(images, 1 / 192))
 
 
+def test_a_file_with_dataclasses(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Knob:\n    value: float = 2.0\n"
+        "def f(images, prompts, **meta):\n    return [Knob().value] * len(prompts)\n"
+    )
+    assert build(resolve([{"name": f"python:{tmp_path}/mine.py:f"}]))(IMAGES, PROMPTS).total.tolist() == [2.0, 2.0, 2.0]
+
+
 def test_a_function_of_a_module():
     (entry,) = resolve([{"name": "python:math.fsum"}])
     check([entry])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from diffusion import Prompt
 from generators import embedded, load, weights_hash
 from generators.export import export_diffusers
-from runtime.checks import check_inputs, reward_weights, shape_of_adapter
+from runtime.checks import check_inputs, digest, files_of, shape_of_adapter
 from runtime.config import InputError, read_experiment
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
@@ -59,12 +60,28 @@ def test_what_is_right_comes_back(tmp_path):
     assert (rank, set(layers)) == (2, set(whole.adapters.lora("policy").modules))
 
 
-def test_the_weights_of_rewards_are_found(tmp_path):
+def test_what_a_run_depends_on_is_found(tmp_path):
     (tmp_path / "head.pth").write_bytes(b"x")
     judge = "{name: vlm_judge, url: 'http://localhost:8000/v1', model: docs, max_requests: 1}"
     rewards = f"rewards.heldout=[{{name: clip_score, weights: 'embedded:glyphs-clip'}}, {judge}]"
-    assert reward_weights(read_experiment(QUICKSTART, [rewards])) == {"embedded:glyphs-clip": embedded("embedded:glyphs-clip")}
+    start = f"lora.start_from={tmp_path}"
+    assert files_of(read_experiment(QUICKSTART, [rewards, start])) == {
+        "embedded:glyphs": embedded("embedded:glyphs"),
+        "embedded:glyphs-clip": embedded("embedded:glyphs-clip"),
+        str(tmp_path): tmp_path,
+    }
+    (tmp_path / "mine.py").write_text("")
+    code = f"python:{tmp_path}/mine.py:f"
+    found = files_of(read_experiment(QUICKSTART, [f"rewards.heldout=[{{name: '{code}'}}]"], allow_code=True))
+    assert found[code] == tmp_path / "mine.py"
     assert weights_hash(tmp_path / "head.pth") == hashlib.sha256(b"x").hexdigest()
+
+
+def test_the_digest_sees_text_order_and_columns():
+    one, other = Prompt("1", "a", {"wish": 1}), Prompt("2", "b", {})
+    assert digest([one, other]) != digest([other, one])
+    assert digest([one]) != digest([Prompt("1", "a", {"wish": 2})])
+    assert digest([one]) == digest([Prompt("1", "a", {"wish": 1})])
 
 
 def test_prompts_both_trained_on_and_held_out_are_told(capsys):

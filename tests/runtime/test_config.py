@@ -80,6 +80,11 @@ def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(tmp_pa
         assert word in message
 
 
+def test_spread_weights_need_a_spread():
+    with pytest.raises(InputError, match=r"objective\.spread_weights = True: has nothing to weigh by"):
+        read_experiment(QUICKSTART, ["rewards.multi_objective_aggregation=normalize_then_sum"])
+
+
 def test_a_missing_key_is_named():
     raw = yaml.safe_load(QUICKSTART.read_text())
     del raw["prompts"]

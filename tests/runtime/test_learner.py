@@ -129,6 +129,15 @@ def test_accumulation_takes_the_mean_gradient_of_several_updates():
     assert twice.update(3, ROWS)["grad_norm"] == pytest.approx(one.update(2, ROWS)["grad_norm"] / 2)
 
 
+def test_the_average_follows_every_move_of_the_optimiser():
+    one = learner(names=("policy", AVERAGE), ema=0.5, grad_clip=1e9, betas=(0.0, 0.0), accumulation=2)
+    averages = []
+    for step in range(1, 5):
+        one.update(step, ROWS)
+        averages.append(one.generator.adapters.parameters(AVERAGE)[0][0].item())
+    assert averages == pytest.approx([1.0, 0.95, 0.95, 0.875])
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_saved_and_loaded_it_goes_on_the_same(tmp_path, accumulation):
     whole, first = learner(accumulation=accumulation), learner(accumulation=accumulation)

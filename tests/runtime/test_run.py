@@ -316,6 +316,17 @@ def test_groups_are_split_where_micro_batches_end():
 
 
 @pytest.mark.parametrize(
+    ("gpus", "processes", "share"), [(0, 2, 0), (1, 1, 1), (3, 3, 1), (8, 2, 1), (2, 3, 0.5), (8, 9, 0.5), (1, 6, 0.1666)]
+)
+def test_a_processs_share_fits_on_one_gpu(monkeypatch, gpus, processes, share):
+    from runtime import remote
+
+    monkeypatch.setattr(remote.ray, "cluster_resources", lambda: {"GPU": gpus} if gpus else {})
+    assert remote.gpus_of_a_process("auto", processes) == share
+    assert remote.gpus_of_a_process("cpu", processes) == 0
+
+
+@pytest.mark.parametrize(
     ("group", "most", "rows"), [(12, 64, 60), (12, 12, 12), (12, 5, 4), (12, 1, 1), (2, 64, 64), (7, 6, 1)]
 )
 def test_micro_batches_never_cut_a_group_unevenly(group, most, rows):

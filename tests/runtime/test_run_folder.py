@@ -33,7 +33,10 @@ def test_a_folder_belongs_to_one_process_at_a_time(folder):
 def test_an_old_folder_takes_the_same_experiment_more_steps_and_other_trackers(folder):
     folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
     folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
-    folder.claim(read_experiment(QUICKSTART, ["run.steps=9", "run.trackers=[]"]))
+    longer = read_experiment(QUICKSTART, ["run.steps=9", "run.trackers=[]"])
+    folder.claim(longer)
+    folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))  # the longer one was refused for something else
+    folder.keep(longer)
     with pytest.raises(InputError, match=r"run\.steps = 5.*grow"):
         folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
 
@@ -67,6 +70,19 @@ def test_a_new_folder_without_a_run_goes_away_and_an_old_one_stays(tmp_path):
             fail(folder)
     assert not new.path.exists()
     assert old.path.exists()
+    nested = RunFolder(tmp_path / "some" / "where" / "new")
+    with pytest.raises(InputError, match="wrong"):
+        fail(nested)
+    assert not (tmp_path / "some").exists()
+
+    def fail_beside_notes():
+        with nested.locked():
+            (nested.path / "notes.txt").write_text("mine")
+            raise InputError("wrong")
+
+    with pytest.raises(InputError, match="wrong"):
+        fail_beside_notes()
+    assert [path.name for path in nested.path.iterdir()] == ["notes.txt"]
 
 
 def test_a_file_is_no_folder(tmp_path):
