@@ -1,26 +1,28 @@
 # make quickstart  an experiment on the glyph world: reward curve, picture grids, exported LoRA (about 5 minutes on 2 cores)
 # make test        lint, format, types, tests (creates .venv if there is none)
+# make test-rewards  the same tests in a second environment, .venv-rewards, with everything of `make rewards`
 # make format      rewrite the files the way `make test` wants them
 # make rewards     what the rewards hpsv2 (backend: hpsv2) and image_reward need beside the rest
 # make world       train the embedded glyph networks again (an hour or two on 2 cores)
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: quickstart test format rewards world clean
+.PHONY: quickstart test test-rewards format rewards world clean
 .DELETE_ON_ERROR:
 
 # torch goes first and alone; see constraints.txt.
-.venv/installed: pyproject.toml constraints.txt
-	test -d .venv || $(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-.venv/dev-installed: .venv/installed
+$(VENV)/dev-installed: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: .venv/installed
+quickstart: $(VENV)/installed
 	$(BIN)/odeon launch experiments/quickstart.yaml
 	$(BIN)/odeon compare runs/quickstart --out runs/quickstart/curve.png
 	$(BIN)/odeon export runs/quickstart
@@ -28,25 +30,29 @@ quickstart: .venv/installed
 	@echo "pictures  runs/quickstart/samples/ (teacher above, trained below)"
 	@echo "LoRA      runs/quickstart/export/diffusers/"
 
-test: .venv/dev-installed
+test: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-format: .venv/dev-installed
+test-rewards:
+	$(MAKE) VENV=.venv-rewards .venv-rewards/dev-installed rewards
+	.venv-rewards/bin/pytest
+
+format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # --no-deps: what these packages ask for would take protobuf, timm and pytest back by years; rewards/compat.py lets them work with
 # present versions. pip then complains about what it was told to leave out; see requirements/rewards.txt.
-rewards: .venv/installed
+rewards: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[rewards]'
 	$(BIN)/pip install -q --no-deps -r requirements/rewards.txt
 
-world: .venv/dev-installed
+world: $(VENV)/dev-installed
 	$(BIN)/python -m worlds.glyphs.make
 	$(BIN)/python -m generators.glyphs.train
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-rewards build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,11 +1,28 @@
 """Reward alignment: one algorithm, one file, each an Objective of diffusion/types.py. Knows no plumbing and no other room.
 
 neighbor_grpo.py    Neighbor GRPO: ODE rollouts from neighbouring noise, any solver, any reward
+drtune.py           DRTune: a differentiable reward through a few steps of the whole sampler
+refl.py             ReFL: through one late step
+draft.py            DRaFT-K: through the last K steps; DRaFT-LV: through the last one, on several noises
+alignprop.py        AlignProp: through the last K steps, K random
+direct.py           what the last four share
 """
 
-from align.neighbor_grpo import NeighborGRPO
+from typing import Any
 
-ALGORITHMS = {"neighbor_grpo": NeighborGRPO}
+from align.alignprop import AlignProp
+from align.draft import DRaFT
+from align.drtune import DRTune
+from align.neighbor_grpo import NeighborGRPO
+from align.refl import ReFL
+
+ALGORITHMS: dict[str, Any] = {
+    "neighbor_grpo": NeighborGRPO,
+    "drtune": DRTune,
+    "refl": ReFL,
+    "draft": DRaFT,
+    "alignprop": AlignProp,
+}
 """What an experiment's `objective.algorithm` may name."""
 
-__all__ = ["ALGORITHMS", "NeighborGRPO"]
+__all__ = ["ALGORITHMS", "AlignProp", "DRTune", "DRaFT", "NeighborGRPO", "ReFL"]

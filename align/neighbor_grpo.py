@@ -37,7 +37,7 @@ from torch import Tensor
 
 from diffusion.noise import sample_noise
 from diffusion.path import Path
-from diffusion.types import Condition, Items, Loss, Predict, Rollout, Scores
+from diffusion.types import Condition, Items, Loss, Predict, Rollout, Sampling, Scores
 
 
 class NeighborGRPOConfig(BaseModel):
@@ -75,8 +75,7 @@ class NeighborGRPOConfig(BaseModel):
             raise ValueError(f"is {list(window)}, allowed are two rising fractions between 0 and 1")
         return window
 
-    @property
-    def gradient_evaluations(self) -> int:
+    def gradient_evaluations(self, steps: int) -> int:
         """Network evaluations with gradient for one group, if it has a signal: B K U."""
         return self.anchors * self.train_steps * self.inner_updates
 
@@ -179,12 +178,16 @@ class NeighborGRPO:
 
     Config = NeighborGRPOConfig
     players: Sequence[str] = ("policy",)
+    direct = False
     idle_metrics: Mapping[str, float] = MappingProxyType({"ratio/max_log": 0.0, "ratio/clip_fraction": 0.0})
 
     def __init__(self, config: NeighborGRPOConfig) -> None:
         self.config = config
         self.group_size = config.group_size
         self.updates = config.inner_updates
+
+    def equip(self, sampling: Sampling) -> None:
+        raise AssertionError("its pictures come from workers")
 
     def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         return neighbor_noise(sample_noise([shared_seed], shape)[0], sample_noise(seeds, shape), self.config.perturbation)
@@ -193,7 +196,8 @@ class NeighborGRPO:
         self.config.check(steps)
         return range(steps + 1)
 
-    def items(self, rollout: Rollout, scores: Scores, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
+    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
+        assert scores is not None
         whole = (-1, self.group_size)
         ids, x = rollout.group.unflatten(0, whole), rollout.trajectory.x.unflatten(0, whole)
         assert (ids == ids[:, :1]).all(), "a rollout holds whole groups, one after the other"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusion.path import Path
+    from diffusion.solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,21 @@ class Rollout:
     """[B]"""
     trajectory: Trajectory
     images: Tensor
-    """[B, 3, H, W] float32 in [0, 1]"""
+    """[B, 3, H, W] float32 in [0, 1]; [0, 3, 0, 0] where nothing was drawn, only noise handed out, for a direct method"""
     policy_version: int | None
     """The adapter version that drew it; None for the frozen teacher, whose rollouts never go stale."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward model thinks of a batch."""
+    """What a reward model thinks of a batch. NaN: there is no score of this image, and no group with it is learned from."""
 
     total: Tensor
     """[B] float32"""
     parts: Mapping[str, Tensor]
     """{label: [B] float32}; a plain scorer has one part, a mixture one for each member."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """{name: [B] float32}: what a reward says beside its score; it is logged, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,29 @@ class RewardModel(Protocol):
         ...
 
 
+class Judge(Protocol):
+    """Decoder and trained rewards in one, with gradient: what a direct method ends in."""
+
+    def __call__(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Clean latents [B, ...] -> Scores over B, with gradient towards the latents where grad mode is on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a run samples and what it scores with, for a method that does both itself, with gradient."""
+
+    solver: Solver
+    grid: Tensor
+    """[T+1] float64, as `time_grid` takes it, ending at 0"""
+    judge: Judge
+
+    @property
+    def steps(self) -> int:
+        """T"""
+        return len(self.grid) - 1
+
+
 class Items(Protocol):
     """What an objective makes of one step's rollouts: independent rows, which the learner slices into micro-batches."""
 
@@ -167,8 +193,15 @@ class Objective(Protocol):
     """G, samples of one prompt that are scored against each other."""
     updates: int
     """U, optimiser steps of each player on one step's items."""
+    direct: bool
+    """Does it sample with gradient itself? Then workers hand it noise and conditions, without pictures or scores, and whoever
+    owns the networks calls `equip` before anything else."""
     idle_metrics: Mapping[str, float]
     """Its figures for a step without items, so that every step has them."""
+
+    def equip(self, sampling: Sampling) -> None:
+        """For a direct one: how to sample, and what to score with."""
+        ...
 
     def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         """The noise one group starts from, [G, *shape] float32, as a function of the group's seed and its members'."""
@@ -178,8 +211,11 @@ class Objective(Protocol):
         """Which states of an S-step solve it needs, as grid indices 0..S."""
         ...
 
-    def items(self, rollout: Rollout, scores: Scores, predict: Predict, path: Path, generator: torch.Generator) -> Items:
-        """Whole groups of rollouts with their scores -> independent rows. `generator` is its only source of chance."""
+    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Items:
+        """Whole groups of rollouts with their scores -> independent rows. `generator` is its only source of chance.
+
+        scores: None for a direct one, whose rollouts hold the noise alone.
+        """
         ...
 
     def loss(self, player: str, items: Items, predict: Predict, path: Path) -> Loss:

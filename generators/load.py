@@ -23,8 +23,8 @@ FAMILIES = {"sd3": "StableDiffusion3Pipeline"}
 """{family: the diffusers pipeline its weights belong to}"""
 DTYPES = ("float32", "bfloat16")
 _GLYPHS = Path(__file__).parent / "glyphs"
-EMBEDDED = {"glyphs": _GLYPHS / "pipeline", "glyphs-clip": _GLYPHS / "clip"}
-"""What `embedded:NAME` stands for: a generator, and a CLIPModel for rewards."""
+EMBEDDED = {"glyphs": _GLYPHS / "pipeline", "glyphs-clip": _GLYPHS / "clip", "glyphs-rewriter": _GLYPHS / "rewriter"}
+"""What `embedded:NAME` stands for: a generator, a CLIPModel for rewards, and a language model that writes prompts."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 

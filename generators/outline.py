@@ -48,8 +48,8 @@ class Outline:
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         return latent_shape(self.transformer, 2 ** (len(self.vae["block_out_channels"]) - 1), height, width)
 
-    def check_shift(self, shift: float | None) -> None:
-        check_shift(self.scheduler, shift)
+    def check_grid(self, shift: float | None, even: bool) -> None:
+        check_grid(self.scheduler, shift, even)
 
 
 def latent_shape(config: Mapping[str, Any], factor: int, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -67,11 +67,13 @@ def latent_shape(config: Mapping[str, Any], factor: int, height: int | None, wid
     return config["in_channels"], size["height"] // factor, size["width"] // factor
 
 
-def check_shift(scheduler: Mapping[str, Any], shift: float | None) -> None:
-    """Raises ValueError for a shift where the scheduler of this config has none."""
+def check_grid(scheduler: Mapping[str, Any], shift: float | None, even: bool) -> None:
+    """Raises ValueError for a shift where the scheduler of this config has none, and for even times that it cannot take."""
+    kind = scheduler.get("_class_name", "scheduler")
     if shift is not None and "shift" not in scheduler:
-        kind = scheduler.get("_class_name", "scheduler")
         raise ValueError(f"shift {shift}: a {kind} has none; leave it to the scheduler")
+    if even and kind != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(f"spacing 'even': a {kind} takes no times from outside; allowed: scheduler")
 
 
 def read_outline(folder: Path, hub_id: str | None) -> Outline:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import Condition, RectifiedFlow, time_grid
 from generators.lora import Adapters
-from generators.outline import check_shift, latent_shape
+from generators.outline import check_grid, latent_shape
 from generators.targets import SHORT_NAMES
 
 T5_TOKENS = 256
@@ -146,16 +146,25 @@ class SD3Generator:
         """(C, h, w) of the latents of a picture in pixels; see `generators.outline.latent_shape`."""
         return latent_shape(self.transformer.config, self.pipeline.vae_scale_factor, height, width)
 
-    def time_grid(self, steps: int, height: int | None = None, width: int | None = None, shift: float | None = None) -> Tensor:
+    def time_grid(
+        self,
+        steps: int,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | None = None,
+        even: bool = False,
+    ) -> Tensor:
         """The times the stock pipeline would visit, [S+1] float64 from noise to 0: those of its own scheduler.
 
         height, width: pixels; they matter where the scheduler's shift depends on the resolution.
         shift: a fixed one instead of the scheduler's.
+        even: before the shift 1, (S-1)/S .. 1/S, as FLUX's pipeline asks, where the scheduler's own last one is nearly 0.
         """
-        check_shift({"_class_name": type(self.pipeline.scheduler).__name__, **self.pipeline.scheduler.config}, shift)
+        check_grid({"_class_name": type(self.pipeline.scheduler).__name__, **self.pipeline.scheduler.config}, shift, even)
         overridden = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config, **overridden)
-        scheduler.set_timesteps(steps, **self._dynamic_shift(scheduler.config, height, width))
+        asked = {"sigmas": [1 - i / steps for i in range(steps)]} if even else {"num_inference_steps": steps}
+        scheduler.set_timesteps(**asked, **self._dynamic_shift(scheduler.config, height, width))
         return time_grid(scheduler.sigmas)
 
     def _dynamic_shift(self, config: dict, height: int | None, width: int | None) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 registry.py       REWARDS; an experiment's `rewards:` entries -> one mixture; every way they can be wrong in one line
 mixture.py        the weighted mean of rewards, itself a RewardModel; the check that stops a run on a broken score
+wrappers.py       what can stand before a scorer: clipping, a memory, patience with errors
+elsewhere.py      a scorer in another process, and its gradient
+over_http.py      the same behind HTTP: server and client
 weights.py        `weights:` of a scorer -> a local folder
 checkpoints.py    checkpoint files and tokenizers: found, downloaded, read
 compat.py         what the packages hpsv2 and image-reward need beside present libraries
@@ -16,12 +19,15 @@ hpsv2.py          HPS v2: which picture people prefer for a caption; differentia
 image_reward.py   ImageReward, with its package; differentiable
 pickscore.py      which picture people pick for a caption; differentiable
 aesthetic.py      LAION's predictor of how pleasing a picture is; differentiable
+ocr.py            can the quoted text be read in the picture? with rapidocr; not differentiable
 vlm_judge.py      the number that a vision-language model behind a chat endpoint says; not differentiable
 glyph_match.py    does the picture show what the caption says? for the glyph world
+user_function.py  a user's own function, and one of TRL's
+trl.py            TRL's reward functions as ours, and ours as TRL's
 
 Scorers take seconds to import, so this package re-exports only what needs none of them.
 """
 
-from rewards.registry import CODE, REWARDS, Entry, build, check, is_code, knobs, resolve, scorer
+from rewards.registry import CODE, REWARDS, Elsewhere, Entry, build, check, differentiable, is_code, knobs, resolve, scorer
 
-__all__ = ["CODE", "REWARDS", "Entry", "build", "check", "is_code", "knobs", "resolve", "scorer"]
+__all__ = ["CODE", "REWARDS", "Elsewhere", "Entry", "build", "check", "differentiable", "is_code", "knobs", "resolve", "scorer"]

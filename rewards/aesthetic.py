@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from diffusion.types import Prompt, Scores
 from rewards.checkpoints import read_checkpoint
-from rewards.clip_score import Preprocess, in_micro_batches, load_network
+from rewards.clip_score import Dtype, Preprocess, in_dtype, in_micro_batches, load_network
 from rewards.weights import check_model, model_folder
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -49,14 +50,20 @@ class Aesthetic:
         head: str = Field(description="The predictor's file, sac+logos+ava1-l14-linearMSE.pth or the same as .safetensors.")
         weights: str = Field(CLIP, description="The CLIPModel it was fitted to: a local transformers folder or a hub id.")
         micro_batch: int = Field(8, ge=1, description="M, images in one forward pass of the network.")
+        dtype: Dtype = "float32"
 
     @staticmethod
-    def check(head: str, weights: str, micro_batch: int) -> None:
+    def check(head: str, weights: str, micro_batch: int, dtype: Dtype = "float32") -> None:
         read_head(head)
         check_model(weights, "clip")
 
-    def __init__(self, head: str, weights: str = CLIP, micro_batch: int = 8, label: str = "aesthetic") -> None:
-        """head: a local file. weights: a local folder or a hub id. Raises ValueError if they are incomplete or do not fit."""
+    def __init__(
+        self, head: str, weights: str = CLIP, micro_batch: int = 8, dtype: Dtype = "float32", label: str = "aesthetic"
+    ) -> None:
+        """head: a local file, always used in float32. weights: a local folder or a hub id.
+
+        Raises ValueError if they are incomplete or do not fit.
+        """
         self.head = read_head(head)
         folder = model_folder(weights, "clip")
         clip = load_network(folder)
@@ -66,7 +73,8 @@ class Aesthetic:
         self.label = label
         self.micro_batch = micro_batch
         self.preprocess = Preprocess(folder)
-        self.tower, self.projection = clip.vision_model, clip.visual_projection
+        self.dtype = getattr(torch, dtype)
+        self.tower, self.projection = (in_dtype(part, self.dtype) for part in (clip.vision_model, clip.visual_projection))
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
@@ -77,8 +85,8 @@ class Aesthetic:
 
     def image_features(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B, D] of length 1."""
-        pooled = self.tower(pixel_values=self.preprocess(images)).pooler_output
-        return F.normalize(self.projection(pooled), dim=-1)
+        pooled = self.tower(pixel_values=self.preprocess(images).to(self.dtype)).pooler_output
+        return F.normalize(self.projection(pooled).float(), dim=-1)
 
 
 def read_head(head: str) -> nn.Sequential:

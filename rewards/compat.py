@@ -29,10 +29,15 @@ IMAGE_REWARD = ("ImageReward", "torchvision", "timm")
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
+def missing(modules: Sequence[str]) -> list[str]:
+    """Those that are not installed. Imports none of them."""
+    return [module for module in modules if module not in sys.modules and find_spec(module) is None]
+
+
 def check_installed(what: str, modules: Sequence[str]) -> None:
     """Raises ValueError, about `what`, if a module is missing. Imports none of them."""
-    if missing := [module for module in modules if module not in sys.modules and find_spec(module) is None]:
-        raise ValueError(f"{what} needs {', '.join(missing)}, not installed here; `make rewards` installs what it takes")
+    if names := missing(modules):
+        raise ValueError(f"{what} needs {', '.join(names)}, not installed here; `make rewards` installs what it takes")
 
 
 @contextmanager

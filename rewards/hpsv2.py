@@ -34,7 +34,7 @@ from torch import Tensor
 from diffusion.types import Prompt, Scores
 from rewards import compat
 from rewards.checkpoints import check_file, check_keys, check_tokenizer, local_file, read_checkpoint, tokenizer_folder
-from rewards.clip_score import in_micro_batches
+from rewards.clip_score import Dtype, in_dtype, in_micro_batches
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 """{version: its file at the hub}"""
@@ -84,6 +84,7 @@ class HPSv2:
     differentiable = True
     bounds = (-1.0, 1.0)
     licence = "Apache-2.0"
+    weights_files = (FILES["v2.1"],)
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,9 +98,18 @@ class HPSv2:
         )
         antialias: bool = Field(True, description="Whether resizing averages; false is what torchvision before 0.17 did.")
         micro_batch: int = Field(8, ge=1, description="M, images in one forward pass of the network.")
+        dtype: Dtype = "float32"
 
     @staticmethod
-    def check(weights: str, version: str, backend: str, tokenizer: str, antialias: bool, micro_batch: int) -> None:
+    def check(
+        weights: str,
+        version: str,
+        backend: str,
+        tokenizer: str,
+        antialias: bool,
+        micro_batch: int,
+        dtype: Dtype = "float32",
+    ) -> None:
         if backend == "transformers":
             check_tokenizer(tokenizer, TOKENIZER_FILES)
         else:
@@ -114,6 +124,7 @@ class HPSv2:
         tokenizer: str = "openai/clip-vit-large-patch14",
         antialias: bool = True,
         micro_batch: int = 8,
+        dtype: Dtype = "float32",
         label: str = "hpsv2",
     ) -> None:
         """Raises ValueError unless the checkpoint is a complete open_clip CLIP, and nothing else, that fits the tokenizer."""
@@ -125,7 +136,8 @@ class HPSv2:
         self.micro_batch = micro_batch
         self.preprocess = Preprocess(sizes.image, antialias)
         self.towers = _Transformers(tensors, sizes, tokenizer) if backend == "transformers" else _Package(tensors, sizes)
-        self.model = self.towers.model
+        self.dtype = getattr(torch, dtype)
+        self.model = in_dtype(self.towers.model, self.dtype)
         self._texts: dict[str, Tensor] = {}
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
@@ -138,7 +150,7 @@ class HPSv2:
 
     def image_features(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B, D] of length 1."""
-        return F.normalize(self.towers.image(self.preprocess(images)), dim=-1)
+        return F.normalize(self.towers.image(self.preprocess(images).to(self.dtype)).float(), dim=-1)
 
     @torch.no_grad()
     def text_features(self, text: str) -> Tensor:
@@ -146,7 +158,7 @@ class HPSv2:
         if text not in self._texts:
             if len(self._texts) == CACHED_PROMPTS:
                 self._texts.clear()
-            self._texts[text] = F.normalize(self.towers.text(text)[0], dim=-1).cpu()
+            self._texts[text] = F.normalize(self.towers.text(text)[0].float(), dim=-1).cpu()
         return self._texts[text]
 
 

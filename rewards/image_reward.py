@@ -29,6 +29,7 @@ from torch import Tensor
 from diffusion.types import Prompt, Scores
 from rewards import compat
 from rewards.checkpoints import check_file, check_keys, check_tokenizer, local_file, read_checkpoint, tokenizer_folder
+from rewards.clip_score import Dtype, in_dtype
 from rewards.hpsv2 import MEAN, STD, middle_square
 
 WEIGHTS_FILE, CONFIG_FILE = "ImageReward.pt", "med_config.json"
@@ -49,6 +50,7 @@ class ImageReward:
     differentiable = True
     bounds = (-math.inf, math.inf)
     licence = "Apache-2.0"
+    packages = compat.IMAGE_REWARD
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,9 +64,10 @@ class ImageReward:
         )
         tokenizer: str = Field("google-bert/bert-base-uncased", description="A local BERT tokenizer folder or a hub id.")
         micro_batch: int = Field(8, ge=1, description="M, images in one forward pass of the network.")
+        dtype: Dtype = "float32"
 
     @staticmethod
-    def check(weights: str, med_config: str, tokenizer: str, micro_batch: int) -> None:
+    def check(weights: str, med_config: str, tokenizer: str, micro_batch: int, dtype: Dtype = "float32") -> None:
         compat.check_installed("image_reward", compat.IMAGE_REWARD)
         check_file("weights", weights, WEIGHTS_FILE)
         check_file("med_config", med_config or _beside(weights), CONFIG_FILE)
@@ -76,6 +79,7 @@ class ImageReward:
         med_config: str = "",
         tokenizer: str = "google-bert/bert-base-uncased",
         micro_batch: int = 8,
+        dtype: Dtype = "float32",
         label: str = "image_reward",
     ) -> None:
         """Raises ValueError unless the package is there, and checkpoint, configuration and tokenizer fit each other."""
@@ -87,6 +91,8 @@ class ImageReward:
             local_file("med_config", med_config or _beside(weights), CONFIG_FILE),
             tokenizer_folder(tokenizer, TOKENIZER_FILES),
         )
+        self.dtype = getattr(torch, dtype)
+        in_dtype(self.model.blip, self.dtype)
         self.mean = torch.tensor(MEAN)[:, None, None]
         self.std = torch.tensor(STD)[:, None, None]
 
@@ -104,7 +110,8 @@ class ImageReward:
         """images [B, 3, H, W] in [0, 1], B captions -> [B]"""
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         tokens = tokens.to(images.device)
-        return self.model.score_gard(tokens.input_ids, tokens.attention_mask, self.preprocess(images))[:, 0]
+        pixels = self.preprocess(images).to(self.dtype)
+        return self.model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)[:, 0]
 
     def _scores_of_filled(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """The same of at most M images, in a batch that the last one fills up to M."""
@@ -150,6 +157,7 @@ def _load(weights: Path, med_config: Path, tokenizer_files: Path) -> tuple[Any, 
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     check_keys(weights, tensors, shapes, "ImageReward")
     network.load_state_dict(tensors)
+    network.mlp.register_forward_pre_hook(lambda _, features: features[0].float())  # as the package's `score` does
     return network.float().requires_grad_(False).eval(), tokenizer, size
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from diffusion.types import Prompt, Scores
-from rewards.clip_score import CLIPScore
+from rewards.clip_score import CLIPScore, Dtype
 
 
 class PickScore:
@@ -38,15 +38,22 @@ class PickScore:
 
         weights: str = Field("yuvalkirstain/PickScore_v1", description="A CLIPModel: a local transformers folder or a hub id.")
         micro_batch: int = Field(8, ge=1, description="M, images in one forward pass of the network.")
+        dtype: Dtype = "float32"
 
     @staticmethod
-    def check(weights: str, micro_batch: int) -> None:
+    def check(weights: str, micro_batch: int, dtype: Dtype = "float32") -> None:
         CLIPScore.check(weights, micro_batch)
 
-    def __init__(self, weights: str = "yuvalkirstain/PickScore_v1", micro_batch: int = 8, label: str = "pickscore") -> None:
+    def __init__(
+        self,
+        weights: str = "yuvalkirstain/PickScore_v1",
+        micro_batch: int = 8,
+        dtype: Dtype = "float32",
+        label: str = "pickscore",
+    ) -> None:
         """weights: a local folder or a hub id. Raises ValueError if it is no complete CLIPModel with its two processors."""
         self.label = label
-        self.cosine = CLIPScore(weights, micro_batch)
+        self.cosine = CLIPScore(weights, micro_batch, dtype)
         self.factor: float = self.cosine.model.logit_scale.exp().item()
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -13,11 +13,11 @@ not state them keeps to [0, 1].
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 if TYPE_CHECKING:
     from rewards.mixture import Mixture
@@ -33,6 +33,7 @@ REWARDS = {
     "hpsv2": "HPSv2",
     "image_reward": "ImageReward",
     "jpeg_size": "JPEGSize",
+    "ocr": "OCR",
     "pickscore": "PickScore",
     "symmetry": "Symmetry",
     "vlm_judge": "VLMJudge",
@@ -51,6 +52,16 @@ class Entry(BaseModel):
     label: str = Field("", description="What its curves are called; its name by default. Two rewards of one name need labels.")
     weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="Its share of the mean; 0 only watches.")
     clip: tuple[float, float] | None = Field(None, description="Scores beyond [low, high] count as the nearer end.")
+    on_error: Literal["fail", "retry", "drop_group"] = Field(
+        "fail", description="When it fails: end the run, ask again before that, or learn nothing from the prompt's pictures."
+    )
+    cache: int = Field(0, ge=0, description="How many scores are remembered, for pictures that come again.")
+    env: str | None = Field(
+        None, description="An environment of `odeon env build`, envs/NAME: the scorer runs with its Python, in another process."
+    )
+    server: str | None = Field(
+        None, description="Where `odeon rewards serve` runs it, http://HOST:PORT; its knobs are then told to the server."
+    )
 
     @field_validator("clip")
     @classmethod
@@ -58,6 +69,12 @@ class Entry(BaseModel):
         if clip is not None and not clip[0] < clip[1]:
             raise ValueError(f"{list(clip)} is no range [low, high]")
         return clip
+
+    @model_validator(mode="after")
+    def _it_is_in_one_place(self) -> Entry:
+        if self.env is not None and self.server is not None:
+            raise ValueError("env and server are two places; a reward runs in one")
+        return self
 
 
 class NoKnobs(BaseModel):
@@ -78,6 +95,13 @@ def scorer(name: str) -> Any:
 def is_code(name: Any) -> bool:
     """Does it name a user's own function? Resolving such an entry runs nothing; checking and building it do."""
     return isinstance(name, str) and name.startswith(CODE)
+
+
+def differentiable(entry: Mapping[str, Any]) -> bool:
+    """Has the entry's reward a gradient? Loads nothing; a server is asked."""
+    if entry["server"] is not None:
+        return bool(import_module("rewards.over_http").Client(entry["server"], entry["name"]).about["differentiable"])
+    return bool(entry["differentiable"] if is_code(entry["name"]) else scorer(entry["name"]).differentiable)
 
 
 def knobs(name: str) -> type[BaseModel]:
@@ -101,30 +125,59 @@ def resolve(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> list[
 
 
 def check(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Is there what the scorers will load? Takes what `build` takes, and loads nothing."""
+    """Is there what the scorers will load? Takes what `build` takes, and loads nothing.
+
+    A server is asked what it runs. What runs in another environment can only be checked there.
+    """
     for entry in entries:
-        if hasattr(kind := scorer(entry["name"]), "check"):
-            kind.check(**_own(entry))
+        if entry.get("server") is not None:
+            import_module("rewards.over_http").Client(entry["server"], entry["name"])
+        elif entry.get("env") is None and hasattr(kind := scorer(entry["name"]), "check"):
+            kind.check(**own_knobs(entry))
 
 
-def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards") -> Mixture:
+Elsewhere = Callable[[Mapping[str, Any]], Any]
+"""Runs the scorer of an entry with an `env` there, and returns its `Ask`; see rewards/elsewhere.py."""
+
+
+def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards", elsewhere: Elsewhere | None = None) -> Mixture:
     """The entries' scorers, loaded, in one mixture.
 
     `weights:` must be a local folder or a hub id by now: what `embedded:NAME` stands for is known to generators alone.
+    elsewhere: for entries with an `env`. Raises ValueError for one without it.
     """
     from rewards.mixture import Mixture
 
-    return Mixture([(_build(entry), entry["weight"]) for entry in resolve(entries, key)])
+    return Mixture([(_wrapped(entry, _build(entry, key, elsewhere)), entry["weight"]) for entry in resolve(entries, key)])
 
 
-def _build(entry: Mapping[str, Any]) -> Any:
-    from rewards.mixture import Clipped
+def _build(entry: Mapping[str, Any], key: str, elsewhere: Elsewhere | None) -> Any:
+    if entry["server"] is None and entry["env"] is None:
+        return scorer(entry["name"])(label=entry["label"], **own_knobs(entry))
+    from rewards.elsewhere import FromElsewhere
 
-    reward = scorer(entry["name"])(label=entry["label"], **_own(entry))
-    return reward if entry["clip"] is None else Clipped(reward, *entry["clip"])
+    if entry["server"] is not None:
+        return FromElsewhere(import_module("rewards.over_http").Client(entry["server"], entry["name"]), entry["label"])
+    if elsewhere is None:
+        raise ValueError(f"{key}: {entry['label']} has env {entry['env']!r}, and nothing here runs scorers in environments")
+    return FromElsewhere(elsewhere(entry), entry["label"])
 
 
-def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _wrapped(entry: Mapping[str, Any], reward: Any) -> Any:
+    from rewards.wrappers import Cached, Clipped, Dropping, Retried
+
+    if entry["cache"]:
+        reward = Cached(reward, entry["cache"])
+    if entry["clip"] is not None:
+        reward = Clipped(reward, *entry["clip"])
+    if entry["on_error"] == "retry":
+        reward = Retried(reward)
+    if entry["on_error"] == "drop_group":
+        reward = Dropping(reward)
+    return reward
+
+
+def own_knobs(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The scorer's own knobs; for a user's function its name is one of them."""
     own = {name: value for name, value in entry.items() if name not in Entry.model_fields}
     return own | {"function": entry["name"]} if is_code(entry["name"]) else own
@@ -133,16 +186,19 @@ def _own(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _resolve(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(entry, Mapping) or "name" not in entry:
         raise ValueError(f"{key} {entry!r} has no name; write for example {{name: brightness}}")
-    name = entry["name"]
-    if not is_code(name) and name not in list(REWARDS):  # YAML may put a list there, which no dict can be asked for
+    name, served = entry["name"], entry.get("server") is not None
+    if (
+        not served and not is_code(name) and name not in list(REWARDS)
+    ):  # YAML may put a list there, which no dict can be asked for
         raise ValueError(f"{key}.name {name!r} is not known{_allowed(name, REWARDS)}")
     common = {field: entry[field] for field in Entry.model_fields if field in entry}
     own = {field: value for field, value in entry.items() if field not in common}
+    kind = NoKnobs if served else knobs(name)
     try:
         checked = Entry.model_validate(common)
-        checked_own = knobs(name).model_validate(own)
+        checked_own = kind.model_validate(own)
     except ValidationError as error:
-        raise ValueError(_one_line(error, key, [*Entry.model_fields, *knobs(name).model_fields])) from None
+        raise ValueError(_one_line(error, key, [*Entry.model_fields, *kind.model_fields])) from None
     return (
         checked.model_dump() | {"label": checked.label or name.replace(":", ".").rsplit(".", 1)[-1]} | checked_own.model_dump()
     )

@@ -46,6 +46,26 @@ def _check_hub(hub_id: str) -> None:
             auth_check(hub_id)
 
 
+def is_on_hub(place: str) -> bool:
+    """Is it a hub id, and no local file or folder?"""
+    return not Path(place).expanduser().exists() and HUB_ID.fullmatch(place) is not None
+
+
+def hub_revision(hub_id: str) -> str:
+    """The commit of a model that loading it gets: the hub's newest, or the cached one where the hub cannot be asked."""
+    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub.file_download import repo_folder_name
+
+    with hub_errors(hub_id):
+        try:
+            return str(HfApi().model_info(hub_id, timeout=10).sha)
+        except (errors.HTTPError, ConnectionError):  # no network, or told to stay offline
+            head = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub_id, repo_type="model"), "refs", "main")
+            if not head.is_file():
+                raise
+            return head.read_text().strip()
+
+
 def _local(weights: str) -> Path | None:
     """The folder, or None for a hub id."""
     if (local := Path(weights).expanduser()).exists():

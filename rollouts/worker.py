@@ -111,9 +111,7 @@ class RolloutWorker:
         adapter, version: whose policy draws, and which version of it. Both None: the teacher.
         """
         assert (adapter is None) == (version is None), "a policy has a version, the teacher has none"
-        index = torch.repeat_interleave(torch.tensor([len(group.seeds) for group in groups]))
-        condition = self.generator.encode([group.prompt.text for group in groups])[index]
-        noise = torch.cat([self.initial_noise(group.seed, group.seeds, self.shape) for group in groups])
+        index, condition, noise = self._beginning(groups)
         states, images = [], []
         for start in range(0, len(index), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
@@ -129,6 +127,26 @@ class RolloutWorker:
             images=torch.cat(images),
             policy_version=version,
         )
+
+    def start(self, groups: Sequence[Group], *, version: int) -> Rollout:
+        """The same without drawing: conditions, and noise as the only state, for an objective that samples by itself."""
+        index, condition, noise = self._beginning(groups)
+        return Rollout(
+            prompts=[groups[i].prompt for i in index.tolist()],
+            group=index,
+            seeds=torch.tensor([seed for group in groups for seed in group.seeds]),
+            condition=condition,
+            trajectory=Trajectory(noise.unsqueeze(1), self.grid[:1]),
+            images=torch.zeros(0, 3, 0, 0),
+            policy_version=version,
+        )
+
+    def _beginning(self, groups: Sequence[Group]) -> tuple[Tensor, Condition, Tensor]:
+        """Which group each sample is of [B], their conditions [B], and their noise [B, *shape] on the CPU."""
+        index = torch.repeat_interleave(torch.tensor([len(group.seeds) for group in groups]))
+        condition = self.generator.encode([group.prompt.text for group in groups])[index]
+        noise = torch.cat([self.initial_noise(group.seed, group.seeds, self.shape) for group in groups])
+        return index, condition, noise
 
     def _draw(self, noise: Tensor, condition: Condition, adapter: str | None) -> tuple[Tensor, Tensor]:
         """noise [N, *shape], N <= M -> the recorded states [N, R, *shape] and the images [N, 3, H, W]."""

@@ -16,9 +16,11 @@ from pydantic.fields import FieldInfo
 from align import ALGORITHMS
 from diffusion import SOLVERS, Prompt
 from generators.load import FAMILIES, family_class
-from rewards import REWARDS, build, check, is_code, knobs, resolve, scorer
+from rewards import REWARDS, build, is_code, knobs, resolve, scorer
+from rewards.compat import missing
 from runtime.checks import PLACES
 from runtime.config import GeneratorSection, InputError, one_of
+from runtime.isolation import Child, check_rewards
 from runtime.roles import located
 
 
@@ -31,41 +33,66 @@ def named_rewards(text: str) -> list[dict[str, Any]]:
     return [entry if isinstance(entry, dict) and "name" in entry else {"name": entry} for entry in entries]
 
 
+FILES = {
+    "weights": ("*.safetensors", "*.pt"),
+    "head": ("*.safetensors", "*.pth"),
+    "tokenizer": ("tokenizer.json", "vocab.*"),
+    "med_config": ("med_config.json",),
+}
+"""{knob that names a place: files, one of which is in the cache if the place is}; a scorer's own `weights_files` go before."""
+
+
 def reward_table() -> list[dict[str, str]]:
+    """A row for each reward. Fast: asks no network, loads no weights, and imports none of the packages that some need."""
     rows = []
     for name in REWARDS:
         kind = scorer(name)
         low, high = getattr(kind, "bounds", (0.0, 1.0))
+        packages = getattr(kind, "packages", ())  # modules beside the core
         rows.append(
             {
                 "reward": name,
-                "differentiable": "yes" if kind.differentiable else "no",
+                "gradient": "yes" if kind.differentiable else "no",
                 "range": f"[{low:g}, {high:g}]",
-                "needs": ", ".join(_needs(name)) or "nothing",
+                "weights": "; ".join(_weights(name)) or ("in its package" if packages else "none needed"),
                 "licence": getattr(kind, "licence", "Odeon's"),
+                "environment": "core" if not packages else "make rewards" if missing(packages) else "ready",
             }
         )
     return rows
 
 
-def _needs(name: str) -> list[str]:
-    """The knobs that have to be given, and the weights that come from the hub unless others are."""
+def _weights(name: str) -> list[str]:
+    """The knobs that have to be given, and where the weights are that are used unless others are."""
     fields = knobs(name).model_fields
     required = [key for key, field in fields.items() if field.is_required()]
-    places = {key: fields[key].default for key in PLACES if key in fields and key not in required}
-    return required + [f"{key} ({default} unless given)" for key, default in places.items() if default]
+    places = {key: fields[key].default for key in PLACES if key in fields and key not in required and fields[key].default}
+    cached = dict.fromkeys(places.values(), True)
+    for key, place in places.items():
+        cached[place] &= _is_cached(place, getattr(scorer(name), f"{key}_files", FILES[key]))
+    said = [f"give {', '.join(required)}"] if required else []
+    for found, what in ((True, "in the cache:"), (False, "first use downloads")):
+        if some := [place for place in cached if cached[place] is found]:
+            said.append(f"{what} {', '.join(some)}")
+    return said
+
+
+def _is_cached(hub_id: str, files: Sequence[str]) -> bool:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return False
+    return any(path.exists() for pattern in files for path in folder.glob(pattern))
 
 
 def score_files(text: str, files: Sequence[Path], prompt: str, allow_code: bool) -> list[dict[str, str]]:
     """A row for each picture, with each reward's score for the prompt. Pictures may differ in size. text: the rewards."""
-    named = named_rewards(text)
-    if code := [entry["name"] for entry in named if is_code(entry["name"]) and not allow_code]:
-        raise InputError(f"{code[0]!r} is code; it runs only with --allow-code")
+    entries = ready_rewards(text, allow_code)
     try:
-        entries = located(resolve(named, "rewards"))
-        check(entries)
         images = [_read(file) for file in files]
-        mixture = build(entries)
+        mixture = build(entries, elsewhere=lambda entry: Child(entry, "auto", torch.get_num_threads()))
         with torch.no_grad():
             scores = [mixture(image, [Prompt("file", prompt)]).parts for image in images]
     except ValueError as error:
@@ -74,6 +101,27 @@ def score_files(text: str, files: Sequence[Path], prompt: str, allow_code: bool)
         {"picture": str(file)} | {label: f"{value.item():.4f}" for label, value in parts.items()}
         for file, parts in zip(files, scores, strict=True)
     ]
+
+
+def ready_rewards(text: str, allow_code: bool) -> list[dict[str, Any]]:
+    """The entries of rewards that the command line names, resolved and checked. Raises InputError."""
+    named = named_rewards(text)
+    if code := [entry["name"] for entry in named if is_code(entry["name"]) and not allow_code]:
+        raise InputError(f"{code[0]!r} is code; it runs only with --allow-code")
+    try:
+        entries = located(resolve(named, "rewards"))
+        check_rewards(entries)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return entries
+
+
+def one_reward(text: str, allow_code: bool) -> dict[str, Any]:
+    """The same for a single reward."""
+    entries = ready_rewards(text, allow_code)
+    if len(entries) != 1:
+        raise InputError(f"reward {text!r}: is {len(entries)} rewards, where one is allowed")
+    return entries[0]
 
 
 def _read(file: Path) -> torch.Tensor:

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 
+from align import ALGORITHMS
 from diffusion import Prompt
 from generators import download, outline
 from generators.lora_file import read_lora
 from generators.outline import Outline
 from generators.targets import SHORT_NAMES, match
-from rewards import CODE, check, is_code
+from rewards import CODE, REWARDS, differentiable, is_code, scorer
+from rewards.weights import hub_revision, is_on_hub
 from rollouts.prompts import read_prompts
 from runtime.config import Experiment, InputError
+from runtime.isolation import check_rewards, packages_hash
 from runtime.tracking import check_trackers
 
 PLACES = ("weights", "head", "tokenizer", "med_config")
@@ -38,18 +41,36 @@ def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], l
         if executor == "inline" and experiment.run.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device {experiment.run.device!r}: this torch sees no GPU here; allowed: auto, cpu")
     with _blamed("rewards"):
-        check(located([*experiment.rewards.train, *experiment.rewards.heldout]))
+        check_rewards(located([*experiment.rewards.train, *experiment.rewards.heldout]))
+        check_gradient(experiment)
     with _blamed("generator"):
         generator = outline(section.weights, section.family)
         generator.latent_shape(section.height, section.width)
     with _blamed("rollouts"):
-        generator.check_shift(rollouts.shift)
+        generator.check_grid(rollouts.shift, rollouts.spacing == "even")
     with _blamed("lora"):
         shape_of_adapter(experiment, generator)
     if len(heldout) < 2:
         raise InputError(f"prompts.heldout = {experiment.prompts.heldout!r}: has one prompt; at least 2 are needed")
     _warn(experiment, train, heldout)
     return train, heldout, generator
+
+
+def check_gradient(experiment: Experiment) -> None:
+    """Raises ValueError where the algorithm needs the gradient of a reward that has none, naming those that have one."""
+    section, algorithm = experiment.rewards, experiment.objective.algorithm
+    if not ALGORITHMS[algorithm].direct:
+        return
+    if without := [entry["label"] for entry in section.train if entry["weight"] > 0 and not differentiable(entry)]:
+        raise ValueError(
+            f"rewards.train: {without[0]} has no gradient, which {algorithm} needs; with one: "
+            f"{', '.join(name for name in REWARDS if scorer(name).differentiable)}, or python: with differentiable: true"
+        )
+    if section.multi_objective_aggregation == "normalize_then_sum":
+        raise ValueError(
+            f"rewards.multi_objective_aggregation = 'normalize_then_sum': needs groups, and {algorithm} has none; "
+            "allowed: sum_then_normalize"
+        )
 
 
 def shape_of_adapter(experiment: Experiment, generator: Outline) -> tuple[int, tuple[str, ...]]:
@@ -93,10 +114,21 @@ def files_of(experiment: Experiment) -> dict[str, Path]:
     entries = [*experiment.rewards.train, *experiment.rewards.heldout]
     for entry, placed in zip(entries, located(entries), strict=True):
         named |= {entry[key]: placed[key] for key in PLACES if entry.get(key)}
-        if is_code(entry["name"]) and ".py:" in entry["name"]:
+        if entry.get("server") is None and is_code(entry["name"]) and ".py:" in entry["name"]:
             named[entry["name"]] = entry["name"].removeprefix(CODE).rpartition(":")[0]
     paths = {name: Path(path).expanduser() for name, path in named.items()}
     return found | {name: path for name, path in paths.items() if path.exists()}
+
+
+def fixed_elsewhere(experiment: Experiment) -> dict[str, str]:
+    """{as the experiment calls it: what it stands for today} of what rewards have from the hub or from another environment."""
+    found: dict[str, str] = {}
+    for entry in (*experiment.rewards.train, *experiment.rewards.heldout):
+        places = [entry[key] for key in PLACES if entry.get(key)]
+        found |= {place: f"hub revision {hub_revision(place)}" for place in places if is_on_hub(place)}
+        if entry["env"] is not None:
+            found[entry["env"]] = f"packages {packages_hash(entry['env'])}"
+    return found
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

@@ -34,6 +34,11 @@ def main() -> NoReturn:
             print(f"odeon: {error}", file=sys.stderr)
             sys.exit(2)
         raise
+    except RuntimeError as error:
+        if _is_reward_error(error):
+            print(f"odeon: {error}", file=sys.stderr)
+            sys.exit(1)
+        raise
     sys.exit(0)
 
 
@@ -41,6 +46,13 @@ def _is_input_error(error: ValueError) -> bool:
     from runtime.config import InputError
 
     return isinstance(error, InputError)
+
+
+def _is_reward_error(error: RuntimeError) -> bool:
+    """What a reward says about pictures or a server says about itself is an answer; where in our code it came up is not."""
+    from rewards.mixture import RewardError
+
+    return isinstance(error, RewardError)
 
 
 @app.command()
@@ -62,6 +74,23 @@ def launch(
     from runtime.launch import launch_experiment
 
     if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run, allow_code, profile):
+        raise typer.Exit(code)
+
+
+@app.command("prompt-policy")
+def prompt_policy(
+    experiment: Annotated[Path, typer.Argument(help="a YAML file such as experiments/prompt_policy.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in run.steps=20")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; runs/<name> unless given")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the whole experiment, run nothing")
+    ] = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Train a language model to write prompts for a frozen generator, or go on with the run in its folder."""
+    from runtime.prompt_policy import train_prompt_policy
+
+    if code := train_prompt_policy(experiment, overrides or [], run_dir, dry_run, allow_code):
         raise typer.Exit(code)
 
 
@@ -161,6 +190,41 @@ def score_pictures(
     _table(score_files(name, images, prompt, allow_code))
 
 
+@rewards_app.command("serve")
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="a reward, or {name: NAME, knob: VALUE}")],
+    host: Annotated[str, typer.Option(help="the address to listen at; 0.0.0.0 is all of this machine's")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 is any that is free")] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+    allow_code: AllowCode = False,
+) -> None:
+    """Run a reward behind HTTP, for entries with `server: http://HOST:PORT`."""
+    from runtime.catalogue import one_reward
+    from runtime.isolation import serve
+
+    raise typer.Exit(serve(one_reward(name, allow_code), host, port, device))
+
+
+env_app = typer.Typer(help="Environments for rewards whose libraries cannot stand beside Odeon's.", no_args_is_help=True)
+app.add_typer(env_app, name="env")
+
+
+@env_app.callback()
+def env() -> None:
+    pass
+
+
+@env_app.command("build")
+def build_env(
+    name: Annotated[str, typer.Argument(help="it becomes envs/NAME")],
+    requirements: Annotated[Path | None, typer.Option(help="a file for pip; envs/NAME.txt unless given")] = None,
+) -> None:
+    """Make the environment envs/NAME, for rewards with `env: envs/NAME`."""
+    from runtime.isolation import build_environment
+
+    print(f"wrote {build_environment(name, requirements)}")
+
+
 @app.command()
 def describe(name: Annotated[str, typer.Argument(help="an algorithm, a reward, a solver or a generator family")]) -> None:
     """What it is, where it comes from, and its knobs."""
@@ -178,10 +242,15 @@ def schema() -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What is too long goes on in the next line, so that nothing is cut off; names in the first column stay whole."""
+    from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*rows[0])
+    first, *others = rows[0]
+    names = Column(first, overflow="fold", no_wrap=max(len(str(row[first])) for row in rows) <= 20)
+    columns = [names, *(Column(other, overflow="fold") for other in others)]
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*[str(value) for value in row.values()])
     Console().print(table)

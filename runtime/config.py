@@ -130,6 +130,10 @@ class RolloutsSection(Section):
     solver: str = Field("dpmpp_2m", description=f"of rollouts: {', '.join(SOLVERS)}")
     steps: int = Field(8, ge=1, description="solver steps")
     shift: float | None = Field(None, gt=0, description="of the time grid; the pipeline's own scheduler decides unless given")
+    spacing: Literal["scheduler", "even"] = Field(
+        "scheduler",
+        description="of the time grid before the shift: the scheduler's own, or 1, (S-1)/S .. 1/S as FLUX's pipeline",
+    )
     groups_per_step: int = Field(16, ge=1, description="prompts in one training step")
     deadline: float = Field(
         3600, gt=0, description="seconds for a worker's share of a step; then it counts as hung and is replaced"
@@ -223,20 +227,25 @@ def read_experiment(path: Path, overrides: Sequence[str] = (), *, allow_code: bo
 
     allow_code: whether it may name functions to call. Raises InputError for anything wrong with it.
     """
+    return read_as(Experiment, path, overrides, allow_code=allow_code)
+
+
+def read_as(section: type[S], path: Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> S:
+    """As `read_experiment`, for a YAML file of another kind."""
     raw = _read_yaml(path)
     for override in overrides:
         _override(raw, override)
-    return validated(raw, Experiment, allow_code=allow_code)
+    return validated(raw, section, allow_code=allow_code)
 
 
 def validated(raw: Any, section: type[S], *, allow_code: bool = False) -> S:
     try:
         return section.model_validate(raw, context={"allow_code": allow_code})
     except ValidationError as error:
-        raise InputError(_one_line(error.errors()[0])) from None
+        raise InputError(_one_line(error.errors()[0], section)) from None
 
 
-def write_experiment(experiment: Experiment, path: Path) -> None:
+def write_experiment(experiment: Section, path: Path) -> None:
     """Every key with its value, so that the file says what ran even when defaults change."""
     path.write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
@@ -306,7 +315,7 @@ _UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
 """How pydantic calls the alternatives of a key that takes values of several types."""
 
 
-def _one_line(error: ErrorDetails) -> str:
+def _one_line(error: ErrorDetails, section: type[Section]) -> str:
     location = [
         part
         for i, part in enumerate(error["loc"])
@@ -315,10 +324,13 @@ def _one_line(error: ErrorDetails) -> str:
     key, message, value = ".".join(map(str, location)), error["msg"].removeprefix("Value error, "), error["input"]
     match error["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key{nearest(str(location[-1]), _keys_at(location[:-1]))}"
+            return f"{key}: unknown key{nearest(str(location[-1]), _keys_at(location[:-1], section))}"
         case "missing":
             return f"{key}: missing"
-        case "union_tag_invalid" | "union_tag_not_found" | "literal_error" if location[0] == "objective" and len(location) < 3:
+        case "union_tag_invalid" | "union_tag_not_found" | "literal_error" if location in (
+            ["objective"],
+            ["objective", "algorithm"],
+        ):
             algorithm = value.get("algorithm") if isinstance(value, dict) else value
             return f"objective.algorithm = {algorithm!r}: is not known{nearest(str(algorithm), ALGORITHMS)}"
         case "model_type":
@@ -330,10 +342,10 @@ def _one_line(error: ErrorDetails) -> str:
             return f"{key}{shown}: {message}"
 
 
-def _keys_at(location: Sequence[int | str]) -> list[str]:
-    """The keys that the section at this location knows."""
+def _keys_at(location: Sequence[int | str], section: type[Section]) -> list[str]:
+    """The keys that are known at this location inside the section."""
     if not location:
-        return list(Experiment.model_fields)
+        return list(section.model_fields)
     if location[0] == "objective":
         return sorted({key for algorithm in ALGORITHM_MODELS.values() for key in algorithm.model_fields})
-    return list(Experiment.model_fields[str(location[0])].annotation.model_fields)  # type: ignore[union-attr]
+    return list(section.model_fields[str(location[0])].annotation.model_fields)  # type: ignore[union-attr]

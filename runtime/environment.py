@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("odeon", "torch", "diffusers", "transformers", "peft", "accelerate", "ray", "numpy", "trl", "hpsv2", "image-reward")
+PACKAGES = (
+    *("odeon", "torch", "diffusers", "transformers", "peft", "accelerate", "ray", "numpy", "trl"),
+    *("hpsv2", "image-reward", "rapidocr", "onnxruntime"),
+)
 
 
 def environment(weights: dict[str, str], prompts: dict[str, str]) -> dict[str, Any]:

@@ -19,7 +19,9 @@ class Batch:
     """A training step's rollouts, as the loop sees them: figures, and something only the executor can open."""
 
     scores: dict[str, Tensor]
-    """{total or label: [B]} on the CPU, groups in their order"""
+    """{total or label: [B]} on the CPU, groups in their order; NaN where there is none. Empty where the learner scores."""
+    extra: dict[str, Tensor]
+    """{name: [at most B]}, what rewards say beside their scores"""
     nfe: int
     seconds: dict[str, float]
     """{rollout, reward}: the slowest worker's"""
@@ -59,7 +61,8 @@ class InlineExecutor:
 
     def __init__(self, experiment: Experiment) -> None:
         generator = new_generator(experiment)
-        self.sampler, self.trainer = Sampler(experiment, generator), Trainer(experiment, generator)
+        self.sampler = Sampler(experiment, generator)
+        self.trainer = Trainer(experiment, generator, self.sampler.evaluator.trained)
 
     def sample(self, groups: Sequence[Group], version: int) -> Batch:
         sampled = self.sampler.sample(groups, version)
@@ -89,5 +92,11 @@ class InlineExecutor:
 
 def figures(sampled: Sampled) -> Batch:
     """What the loop sees of one worker's rollouts, without the payload."""
-    scores = {"total": sampled.scores.total, **sampled.scores.parts}
-    return Batch({name: score.cpu() for name, score in scores.items()}, sampled.nfe, sampled.seconds, payload=None)
+    said = sampled.scores
+    return Batch(
+        scores={} if said is None else {name: s.cpu() for name, s in {"total": said.total, **said.parts}.items()},
+        extra={} if said is None else {name: values.cpu() for name, values in said.extra.items()},
+        nfe=sampled.nfe,
+        seconds=sampled.seconds,
+        payload=None,
+    )

@@ -16,7 +16,8 @@ import yaml
 
 from generators import resolve, weights_hash
 from generators.outline import Outline
-from runtime.checks import check_inputs, digest, files_of, shape_of_adapter
+from rewards.mixture import DROPPED
+from runtime.checks import check_inputs, digest, files_of, fixed_elsewhere, shape_of_adapter
 from runtime.config import Experiment, InputError, nearest, read_experiment
 from runtime.run_folder import RunFolder, replaced
 from runtime.signals import signals_end_the_process
@@ -63,7 +64,7 @@ def launch_experiment(
             print(f"{folder.path} has run its {experiment.run.steps} steps")
             return 0
         prompts = {experiment.prompts.train: digest(train), experiment.prompts.heldout: digest(heldout)}
-        weights = {name: weights_hash(path) for name, path in files_of(experiment).items()}
+        weights = {name: weights_hash(path) for name, path in files_of(experiment).items()} | fixed_elsewhere(experiment)
         record_environment(folder.path / "environment.json", environment(weights, prompts))
         roles = new_executor(experiment, executor, address)
         folder.keep(experiment)
@@ -112,7 +113,7 @@ def plan(experiment: Experiment, executor: str, generator: Outline) -> str:
     factor = guidance_evaluations(experiment.generator.guidance)
     images = rollouts.groups_per_step * objective.group_size
     solve = evaluations(SOLVERS[rollouts.solver], torch.linspace(1, 0, rollouts.steps + 1)) * factor
-    with_gradient = rollouts.groups_per_step * objective.gradient_evaluations * factor
+    with_gradient = rollouts.groups_per_step * objective.gradient_evaluations(rollouts.steps) * factor
     width = {"float32": 4, "bfloat16": 2}[experiment.generator.dtype]
     rank, layers = shape_of_adapter(experiment, generator)
     trained = len(adapter_names(experiment)) * rank * sum(sum(generator.linear[layer]) for layer in layers)
@@ -165,6 +166,10 @@ def reporter(steps: int) -> Iterator[Show]:
         return f"step {line['step']}/{steps}  reward {line['reward/total']:.3f}{heldout}  {left:.0f} s left"
 
     def warn(line: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        for name, share in line.items():
+            if name.startswith(f"extra/{DROPPED}") and share > 0:
+                label = name.rpartition("/")[2]
+                say(f"step {line['step']}: {label} failed on {100 * share:.0f} % of the pictures; their groups are left out")
         for suspicion in line.get("hacking", ()):
             say(f"step {line['step']} looks like reward hacking: {suspicion}")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusion import Condition, Items, Objective, Predict
 from runtime.config import OptimizerSection
+from runtime.memory import PeakMemory
 
 MAXIMA = ("max",)
 """A metric whose last word begins so is a maximum over micro-batches; the others are means."""
@@ -46,7 +47,14 @@ class Learner:
     """
 
     def __init__(
-        self, generator: Any, predict: Predict, objective: Objective, config: OptimizerSection, steps: int, micro_batch: int
+        self,
+        generator: Any,
+        predict: Predict,
+        objective: Objective,
+        config: OptimizerSection,
+        steps: int,
+        micro_batch: int,
+        memory: PeakMemory,
     ) -> None:
         """generator: with `adapters` that has one for each player. predict: what the objective asks, guidance included."""
         self.generator = generator
@@ -55,6 +63,7 @@ class Learner:
         self.config = config
         self.steps = steps
         self.micro_batch = micro_batch
+        self.memory = memory
         self.optimizers = {
             player: torch.optim.AdamW(
                 generator.adapters.parameters(player), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
@@ -79,13 +88,15 @@ class Learner:
         if self.config.ema is not None and self._moved:
             self._average()
         norms = [p.detach().float().norm() for player in self.objective.players for p in self._parameters(player)]
-        return {**metrics, "adapter_norm": torch.stack(norms).norm().item()}
+        return {**metrics, **self.memory.peaks(), "adapter_norm": torch.stack(norms).norm().item()}
 
     def _update_player(self, step: int, player: str, optimizer: torch.optim.Optimizer, items: Items) -> dict[str, float]:
         found: dict[str, list[tuple[int, float]]] = {}
         for start in range(0, len(items), self.micro_batch):
             rows = items[start : start + self.micro_batch]
+            self.memory.enter("forward")
             loss = self.objective.loss(player, rows, self.predict, self.generator.path)
+            self.memory.enter("backward")
             (loss.value * (len(rows) / len(items) / self.config.accumulation)).backward()
             for key, value in {"loss": loss.value.item(), **loss.metrics}.items():
                 found.setdefault(key, []).append((len(rows), value))

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffusion import Prompt
+from rewards.mixture import RewardError
 from rollouts.prompts import prompts_of_step
 from rollouts.worker import Group, seed_groups
 from runtime.compare import write_report
@@ -105,6 +106,7 @@ def one_step(
     clock = [time.perf_counter()]
     batch = executor.sample(seed_groups(prompts, experiment.objective.group_size, experiment.seed, step), version=step - 1)
     clock.append(time.perf_counter())
+    rewards = reward_metrics(batch, experiment.objective.group_size)
     metrics = executor.update(step, batch)
     clock.append(time.perf_counter())
     executor.publish(step)
@@ -114,7 +116,7 @@ def one_step(
     progress.nfe_train += with_gradient
     return {
         **metrics,
-        **reward_metrics(batch, experiment.objective.group_size),
+        **rewards,
         "nfe/rollout": progress.nfe_rollout,
         "nfe/train": progress.nfe_train,
         "time/rollout": batch.seconds["rollout"],
@@ -127,9 +129,26 @@ def one_step(
 
 
 def reward_metrics(batch: Batch, group_size: int) -> dict[str, float]:
-    """Means over the step's images, and the mean standard deviation inside a group."""
-    means = {f"reward/{label}": values.mean().item() for label, values in batch.scores.items()}
-    return {**means, "reward/std": batch.scores["total"].view(-1, group_size).std(dim=1).mean().item()}
+    """Means over the step's images that have a score, and the mean standard deviation inside a group whose images all have.
+
+    Raises RewardError where no group has: there would be nothing to learn from, this step or the next. Nothing where the
+    learner scores, whose metrics say these things.
+    """
+    if not batch.scores:
+        return {}
+    stds = batch.scores["total"].view(-1, group_size).std(dim=1)
+    if stds.isnan().all():
+        raise RewardError("no group of this step has all its scores; see what the rewards said above, or in Ray's logs")
+    return {
+        **means_of_known("reward", batch.scores),
+        **means_of_known("extra", batch.extra),
+        "reward/std": stds.nanmean().item(),
+    }
+
+
+def means_of_known(prefix: str, values: Mapping[str, Tensor]) -> dict[str, float]:
+    """{prefix/name: mean of the values that are not NaN}, without those of which all are."""
+    return {f"{prefix}/{name}": value.nanmean().item() for name, value in values.items() if not value.isnan().all()}
 
 
 def evaluate(
@@ -169,11 +188,19 @@ def baseline(folder: RunFolder, executor: Executor, groups: Sequence[Group]) -> 
 
 
 def heldout_metrics(result: Evaluated, teacher: Evaluated) -> dict[str, float]:
-    """Means, the teacher's on the same noise, and the paired comparison: standard error over prompts, wins over pictures."""
-    line = {f"heldout/{label}": values.mean().item() for label, values in result.scores.items()}
-    line |= {f"heldout/base/{label}": values.mean().item() for label, values in teacher.scores.items()}
-    difference = result.scores["total"] - teacher.scores["total"]
-    _, line["heldout/total_se"] = paired(result.scores["total"], teacher.scores["total"])
+    """Means, the teacher's on the same noise, and the paired comparison: standard error over prompts, wins over pictures.
+
+    What has no score on either side counts on neither.
+    """
+    known = {label: ~(values + teacher.scores[label]).isnan() for label, values in result.scores.items()}
+    line = {f"heldout/{label}": result.scores[label][rows].mean().item() for label, rows in known.items() if rows.any()}
+    line |= {f"heldout/base/{label}": teacher.scores[label][rows].mean().item() for label, rows in known.items() if rows.any()}
+    if not known["total"].any():
+        raise RewardError("no held-out picture has a score; see what the rewards said above, or in Ray's logs")
+    difference = (result.scores["total"] - teacher.scores["total"])[known["total"]]
+    _, error = paired(result.scores["total"], teacher.scores["total"])
+    if error == error:  # NaN where fewer than two prompts are left
+        line["heldout/total_se"] = error
     line["heldout/win_rate"] = ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
     line |= {"diversity": result.diversity, "diversity/base": teacher.diversity}
     return line

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +22,17 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
+from rewards.elsewhere import Host
+from rewards.mixture import RewardError
 from rollouts.worker import Group
 from runtime.config import Experiment, InputError
 from runtime.executor import Batch, figures
-from runtime.roles import SHOWN, Evaluated, Sampler, Trainer
+from runtime.isolation import problem_with, python_of, variables
+from runtime.roles import SHOWN, Evaluated, Sampler, Trainer, located, threads
 from runtime.signals import signals_blocked, signals_kept
 
 ATTEMPTS = 4
@@ -41,12 +45,33 @@ MOST_DEAD = 10
 """So many times in a row the answer that it is dead, and not just away, means that it stays so."""
 
 
+class AskActor:
+    """The way to a scorer that runs in an actor with another interpreter; an `Ask`."""
+
+    def __init__(self, label: str) -> None:
+        # Found by name, not handed over: Ray cannot promise to keep a handle for a worker that is restarted.
+        self._label = label
+        self._host: Any = ray.get_actor(name_of_host(label))
+        self.about: Mapping[str, Any] = self._got(self._host.about.remote())
+
+    def __call__(self, request: bytes) -> bytes:
+        return self._got(self._host.answer.remote(request))
+
+    def _got(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            raise RewardError(str(error.cause)) from error
+        except RayActorError as error:
+            raise RewardError(f"reward {self._label}: its process died: {str(error).splitlines()[0]}") from error
+
+
 class SamplerActor:
     """A Sampler that knows which version of the policy it holds."""
 
     def __init__(self, experiment: Experiment) -> None:
         _quiet()
-        self._sampler = Sampler(experiment)
+        self._sampler = Sampler(experiment, elsewhere=lambda entry: AskActor(entry["label"]))
         self._version: int | None = None
 
     def _hold(self, version: int, weights: Sequence[ray.ObjectRef]) -> None:
@@ -74,7 +99,7 @@ class SamplerActor:
 class TrainerActor:
     def __init__(self, experiment: Experiment) -> None:
         _quiet()
-        self._trainer = Trainer(experiment)
+        self._trainer = Trainer(experiment, elsewhere=lambda entry: AskActor(entry["label"]))
 
     def update(self, step: int, *sampled: Any) -> dict[str, float]:
         return self._trainer.update(step, [from_store(part) for part in sampled])
@@ -98,9 +123,12 @@ class RayExecutor:
     def __init__(self, experiment: Experiment, address: str = "local") -> None:
         """address: "local" starts a cluster that ends with this process; "auto" or an address joins one."""
         self.experiment = experiment
-        workers = experiment.rollouts.workers
-        connect(address, processes=workers + 1)
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus_of_a_process(experiment.run.device, workers + 1)}
+        workers, isolated = experiment.rollouts.workers, isolated_entries(experiment)
+        processes = workers + 1 + len(isolated)
+        connect(address, processes)
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus_of_a_process(experiment.run.device, processes)}
+        # Kept, because they end with the last reference to them.
+        self._hosts = [new_host(experiment, entry, options, address) for entry in isolated.values()]
         # Handles are Any: their methods come into being at run time.
         self._trainer: Any = ray.remote(**options)(TrainerActor).remote(experiment)
         sampler: Any = ray.remote(**options, max_restarts=-1, max_task_retries=0)(SamplerActor)
@@ -148,6 +176,10 @@ class RayExecutor:
                 try:
                     ray.get(reference[0] if returns == 2 else reference, timeout=max(0.0, deadline - time.monotonic()))
                     done[i] = reference
+                except RayTaskError as error:
+                    if isinstance(error.cause, RewardError):  # its text alone, not the worker's traceback around it
+                        raise RewardError(str(error.cause)) from None
+                    raise
                 except RayActorError as error:
                     last = error
                 except GetTimeoutError as error:
@@ -209,6 +241,40 @@ def connect(address: str, processes: int) -> None:
             raise InputError(f"--ray {address!r}: {str(error).splitlines()[0]}") from None
 
 
+def isolated_entries(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """{label: entry} of the rewards that have an environment of their own."""
+    entries = located([*experiment.rewards.train, *experiment.rewards.heldout])
+    return {entry["label"]: entry for entry in entries if entry["env"] is not None}
+
+
+def name_of_host(label: str) -> str:
+    """Unique in a run; every run has a namespace of its own."""
+    return f"reward {label}"
+
+
+def new_host(experiment: Experiment, entry: Mapping[str, Any], options: dict[str, Any], address: str) -> Any:
+    """An actor with the interpreter of the entry's environment that runs its scorer; Ray may repeat calls."""
+    strategy: Any = "DEFAULT" if address == "local" else NodeAffinitySchedulingStrategy(node_with(entry["env"]), soft=False)
+    runtime_env = {"py_executable": str(python_of(entry["env"])), "env_vars": variables()}
+    actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=ATTEMPTS)(Host)
+    actor = actor.options(name=name_of_host(entry["label"]), runtime_env=runtime_env, scheduling_strategy=strategy)
+    return actor.remote(entry, experiment.run.device, threads(experiment))
+
+
+def node_with(env: str) -> str:
+    """The first node on which the environment can be used. Raises InputError where none can."""
+    problems = []
+    look = ray.remote(problem_with)
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            problem = ray.get(look.options(num_cpus=0, scheduling_strategy=here).remote(env))
+            if problem is None:
+                return node["NodeID"]
+            problems.append(f"{node['NodeManagerAddress']}: {problem}")
+    raise InputError(f"env {env!r}: no node can use it: {'; '.join(problems)}")
+
+
 def gpus_of_a_process(device: str, processes: int) -> float:
     """A GPU for every process, or an equal share where there are fewer. Raises InputError for `cuda` without one."""
     have = ray.cluster_resources().get("GPU", 0)
@@ -234,6 +300,7 @@ def split(groups: Sequence[Group], parts: int, unit: int) -> list[Sequence[Group
 def joined_batch(seen: Sequence[Batch], payload: Sequence[Any]) -> Batch:
     return Batch(
         scores={key: torch.cat([batch.scores[key] for batch in seen]) for key in seen[0].scores},
+        extra={key: torch.cat([b.extra[key] for b in seen if key in b.extra]) for batch in seen for key in batch.extra},
         nfe=sum(batch.nfe for batch in seen),
         seconds={key: max(batch.seconds[key] for batch in seen) for key in seen[0].seconds},
         payload=payload,

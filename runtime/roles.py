@@ -19,16 +19,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align import ALGORITHMS
-from diffusion import SOLVERS, Condition, Objective, Predict, RewardModel, Rollout, Scores, Trajectory, guided, sample_seed
+from diffusion import (
+    SOLVERS,
+    Condition,
+    Judge,
+    Objective,
+    Predict,
+    Prompt,
+    RewardModel,
+    Rollout,
+    Sampling,
+    Scores,
+    Trajectory,
+    guided,
+    sample_seed,
+)
 from generators import embedded, load
 from generators.adapter_weights import AdapterWeights
 from generators.lora_file import load_lora
-from rewards import build
+from rewards import Elsewhere, build
 from rewards.compat import ensure_torchvision
-from rewards.mixture import normalized_then_summed
+from rewards.mixture import RewardError, normalized_then_summed
 from rollouts.worker import Group, RolloutWorker
 from runtime.config import Experiment, RolloutsSection
+from runtime.isolation import Child
 from runtime.learner import AVERAGE, Counted, Learner
+from runtime.memory import PeakMemory
 
 # Before anything imports diffusers or transformers: a torchvision that does not fit torch would take both down.
 ensure_torchvision()
@@ -46,7 +62,8 @@ class Sampled:
     """Training rollouts with their scores."""
 
     rollout: Rollout
-    scores: Scores
+    scores: Scores | None
+    """None where the learner draws and scores"""
     nfe: int
     seconds: dict[str, float]
     """{rollout, reward}"""
@@ -120,8 +137,11 @@ def add_adapters(generator: Any, experiment: Experiment) -> None:
 
 def set_threads(experiment: Experiment) -> None:
     """The same number in every process: it changes the order of float sums, and with it the last bits of everything."""
-    threads = experiment.run.threads
-    torch.set_num_threads((os.cpu_count() or 1) if threads == "auto" else threads)
+    torch.set_num_threads(threads(experiment))
+
+
+def threads(experiment: Experiment) -> int:
+    return (os.cpu_count() or 1) if experiment.run.threads == "auto" else experiment.run.threads
 
 
 def device(experiment: Experiment) -> str:
@@ -148,13 +168,14 @@ def rows_of_a_call(group_size: int, most: int) -> int:
     return next(rows for rows in range(most, 0, -1) if group_size % rows == 0)
 
 
-def with_guidance(predict: Predict, scale: float, negative: Condition) -> Predict:
-    """The guided network as a network: what an objective trains where guidance is part of the sampler."""
+def with_guidance(predict: Predict, scale: float, negative: Condition, detach_negative: bool = False) -> Predict:
+    """The guided network as a network: what an objective trains where guidance is part of the sampler; see `guided`."""
     if scale == 1:
         return predict
 
     def ask(x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
-        return guided(predict, condition, adapter=adapter, scale=scale, negative=negative.repeat(len(condition)))(x, t)
+        below = negative.repeat(len(condition))
+        return guided(predict, condition, adapter=adapter, scale=scale, negative=below, detach_negative=detach_negative)(x, t)
 
     return ask
 
@@ -168,13 +189,19 @@ def located(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: folder(value) for name, value in entry.items()} for entry in entries]
 
 
+def time_grid(experiment: Experiment, generator: Any, rollouts: RolloutsSection) -> Tensor:
+    """[S+1] float64, from noise to 0."""
+    section = experiment.generator
+    return generator.time_grid(rollouts.steps, section.height, section.width, rollouts.shift, rollouts.spacing == "even")
+
+
 def worker(experiment: Experiment, generator: Any, rollouts: RolloutsSection, group_size: int, **wishes: Any) -> RolloutWorker:
     """What draws groups of `group_size` as the experiment says. rollouts: its own section, or another to draw otherwise."""
     section = experiment.generator
     return RolloutWorker(
         generator,
         solver=SOLVERS[rollouts.solver],
-        grid=generator.time_grid(rollouts.steps, section.height, section.width, rollouts.shift),
+        grid=time_grid(experiment, generator, rollouts),
         shape=generator.latent_shape(section.height, section.width),
         guidance=section.guidance,
         micro_batch=rows_of_a_call(group_size, micro_batch(experiment, generator)),
@@ -182,16 +209,34 @@ def worker(experiment: Experiment, generator: Any, rollouts: RolloutsSection, gr
     )
 
 
+def in_children(experiment: Experiment) -> Elsewhere:
+    """Each scorer with an environment of its own in a child process of this one."""
+    return lambda entry: Child(entry, experiment.run.device, threads(experiment))
+
+
+def sampling(experiment: Experiment, generator: Any, judge: Judge) -> Sampling:
+    """How the experiment samples, for an objective that does it itself."""
+    rollouts = experiment.rollouts
+    return Sampling(SOLVERS[rollouts.solver], time_grid(experiment, generator, rollouts), judge)
+
+
 class Evaluator:
     """Draws held-out pictures and scores them with every reward, the trained mixture and the ones only looked at."""
 
-    def __init__(self, experiment: Experiment, generator: Any, rollouts: RolloutsSection) -> None:
-        """rollouts: the experiment's section, or another to evaluate with another solver."""
+    def __init__(
+        self, experiment: Experiment, generator: Any, rollouts: RolloutsSection, elsewhere: Elsewhere | None = None
+    ) -> None:
+        """rollouts: the experiment's section, or another to evaluate with another solver.
+
+        elsewhere: where scorers with an environment of their own run; in child processes unless given.
+        """
+        if elsewhere is None:
+            elsewhere = in_children(experiment)
         self.worker = worker(experiment, generator, rollouts, IMAGES_PER_PROMPT)
-        self.trained = build(located(experiment.rewards.train), "rewards.train")
+        self.trained = build(located(experiment.rewards.train), "rewards.train", elsewhere)
         labels = {entry["label"] for entry in experiment.rewards.train}
         watched = [{**entry, "weight": 1.0} for entry in experiment.rewards.heldout if entry["label"] not in labels]
-        self.watched = build(located(watched), "rewards.heldout") if watched else None
+        self.watched = build(located(watched), "rewards.heldout", elsewhere) if watched else None
 
     @torch.no_grad()
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
@@ -219,13 +264,14 @@ class Evaluator:
 class Sampler:
     """Draws groups and scores them. `units`: how many groups share a micro-batch, and so must stay together."""
 
-    def __init__(self, experiment: Experiment, generator: Any | None = None) -> None:
-        """generator: one to share, in a process that also learns; otherwise an own one is loaded."""
+    def __init__(self, experiment: Experiment, generator: Any | None = None, elsewhere: Elsewhere | None = None) -> None:
+        """generator: one to share, in a process that also learns; otherwise an own one is loaded. elsewhere: see Evaluator."""
         self.generator = generator if generator is not None else new_generator(experiment)
         objective, rollouts = new_objective(experiment), experiment.rollouts
+        self.direct = objective.direct
         size, record = objective.group_size, objective.record(rollouts.steps)
         self.training = worker(experiment, self.generator, rollouts, size, initial_noise=objective.initial_noise, record=record)
-        self.evaluator = Evaluator(experiment, self.generator, rollouts)
+        self.evaluator = Evaluator(experiment, self.generator, rollouts, elsewhere)
         self.units = {
             "training": max(1, self.training.micro_batch // size),
             "evaluation": max(1, self.evaluator.worker.micro_batch // IMAGES_PER_PROMPT),
@@ -238,11 +284,14 @@ class Sampler:
     @torch.no_grad()
     def sample(self, groups: Sequence[Group], version: int) -> Sampled:
         start = time.perf_counter()
+        if self.direct:
+            rollout = self.training.start(groups, version=version)
+            return Sampled(rollout, None, 0, {"rollout": time.perf_counter() - start, "reward": 0.0})
         rollout = self.training.draw(groups, adapter="policy", version=version)
         drawn = time.perf_counter()
         scores = in_batches(self.evaluator.trained, rollout, self.training.micro_batch)
         seconds = {"rollout": drawn - start, "reward": time.perf_counter() - drawn}
-        return Sampled(rollout, scores, len(rollout.images) * self.training.nfe, seconds)
+        return Sampled(rollout, scores, len(rollout.prompts) * self.training.nfe, seconds)
 
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
         return self.evaluator.evaluate(groups, adapter)
@@ -260,8 +309,14 @@ def in_batches(reward: RewardModel, rollout: Rollout, rows: int) -> Scores:
 
 
 def paired(result: Tensor, teacher: Tensor) -> tuple[float, float]:
-    """(mean difference, its standard error over prompts) of scores [B] on the same noise, IMAGES_PER_PROMPT of each prompt."""
-    per_prompt = (result - teacher).view(-1, IMAGES_PER_PROMPT).mean(dim=1)
+    """(mean difference, its standard error over prompts) of scores [B] on the same noise, IMAGES_PER_PROMPT of each prompt.
+
+    Pictures without a score, NaN, are left out; with fewer than two prompts left the error is NaN.
+    """
+    per_prompt = (result - teacher).view(-1, IMAGES_PER_PROMPT).nanmean(dim=1)
+    per_prompt = per_prompt[~per_prompt.isnan()]
+    if len(per_prompt) < 2:
+        return per_prompt.mean().item(), torch.nan
     return per_prompt.mean().item(), (per_prompt.std() / len(per_prompt) ** 0.5).item()
 
 
@@ -275,12 +330,30 @@ def diversity(features: Tensor, group_size: int) -> float:
 class Trainer:
     """Makes items of what was sampled, and learns from them."""
 
-    def __init__(self, experiment: Experiment, generator: Any | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        generator: Any | None = None,
+        reward: RewardModel | None = None,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
+        """generator, reward: to share, in a process that also samples; else own ones are loaded. elsewhere: see Evaluator."""
         self.experiment = experiment
         self.generator = generator if generator is not None else new_generator(experiment)
         self.objective = new_objective(experiment)
         self.counted = Counted(self.generator)
-        predict = with_guidance(self.counted, experiment.generator.guidance, self.generator.encode([""]))
+        self.memory = PeakMemory(self.generator.device)
+        if self.objective.direct:
+            self.reward = reward or build(
+                located(experiment.rewards.train), "rewards.train", elsewhere or in_children(experiment)
+            )
+            self.objective.equip(sampling(experiment, self.generator, self.judge))
+        predict = with_guidance(
+            self.counted,
+            experiment.generator.guidance,
+            self.generator.encode([""]),
+            getattr(experiment.objective, "detach_negative", False),
+        )
         self.learner = Learner(
             self.generator,
             predict,
@@ -288,21 +361,33 @@ class Trainer:
             experiment.optimizer,
             experiment.run.steps,
             micro_batch(experiment, self.generator),
+            self.memory,
         )
+
+    def judge(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Decoder and trained rewards, with gradient; latents [B, ...] -> Scores over B."""
+        self.memory.enter("reward")
+        return self.reward(self.generator.decode(latents), prompts)
 
     def update(self, step: int, sampled: Sequence[Sampled]) -> dict[str, float]:
         """One training step, numbered from 1, on groups in their order."""
         generator = torch.Generator().manual_seed(sample_seed(self.experiment.seed, step, "items", 0))
-        rollout, scores = joined([s.rollout for s in sampled]), joined_scores([s.scores for s in sampled])
+        rollout = joined([s.rollout for s in sampled])
+        said = [s.scores for s in sampled if s.scores is not None]
+        scores = joined_scores(said) if said else None
         device = self.generator.device  # what came through Ray's store is on the CPU
         trajectory = Trajectory(rollout.trajectory.x.to(device), rollout.trajectory.t)
-        if self.experiment.rewards.multi_objective_aggregation == "normalize_then_sum":
+        if scores is not None and self.experiment.rewards.multi_objective_aggregation == "normalize_then_sum":
             weights = {entry["label"]: entry["weight"] for entry in self.experiment.rewards.train}
             parts = {label: part.cpu() for label, part in scores.parts.items()}  # where Ray's store brings them, too
-            scores = Scores(normalized_then_summed(parts, weights, self.objective.group_size), parts)
+            total = normalized_then_summed(parts, weights, self.objective.group_size)
+            scores = Scores(torch.where(scores.total.cpu().isnan(), torch.nan, total), parts)
         rollout = replace(rollout, condition=rollout.condition.to(device), trajectory=trajectory)
         items = self.objective.items(rollout, scores, self.learner.predict, self.generator.path, generator)
-        return self.learner.update(step, items)
+        metrics = self.learner.update(step, items)
+        if self.objective.direct and len(items) and "reward/total" not in metrics:
+            raise RewardError(f"no picture of step {step} has a score; see what the rewards said above, or in Ray's logs")
+        return metrics
 
     def read(self) -> dict[str, AdapterWeights]:
         return {name: self.generator.adapters.read(name) for name in self.generator.adapters.names}
@@ -328,4 +413,5 @@ def joined(rollouts: Sequence[Rollout]) -> Rollout:
 
 def joined_scores(scores: Sequence[Scores]) -> Scores:
     parts = {label: torch.cat([s.parts[label] for s in scores]) for label in scores[0].parts}
-    return Scores(torch.cat([s.total for s in scores]), parts)
+    extra = {name: torch.cat([s.extra[name] for s in scores if name in s.extra]) for s in scores for name in s.extra}
+    return Scores(torch.cat([s.total for s in scores]), parts, extra)

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from runtime.config import Experiment, InputError, write_experiment
+from runtime.config import InputError, Section, write_experiment
 
 MAY_CHANGE = ("run.steps", "run.trackers")
 """Keys that may differ when an old folder is continued: steps may grow, trackers may change."""
@@ -67,7 +67,7 @@ class RunFolder:
                 break
             folder.rmdir()
 
-    def claim(self, experiment: Experiment) -> None:
+    def claim(self, experiment: Section) -> None:
         """Write the experiment into a new folder, or check that an old one ran the same. Raises InputError if not.
 
         An old folder is changed by `keep` only, once nothing can be found wrong any more.
@@ -88,7 +88,7 @@ class RunFolder:
             )
         self.keep(experiment)
 
-    def keep(self, experiment: Experiment) -> None:
+    def keep(self, experiment: Section) -> None:
         with replaced(self.path / "experiment.yaml") as temporary:
             write_experiment(experiment, temporary)
 

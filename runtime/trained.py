@@ -9,7 +9,6 @@ from typing import Any
 from PIL import Image
 
 from diffusion import Prompt, sample_seed
-from rewards import check
 from rollouts.prompts import read_prompts
 from rollouts.worker import Group
 from runtime.catalogue import named_rewards
@@ -21,6 +20,7 @@ from runtime.config import (
     read_experiment,
     validated,
 )
+from runtime.isolation import check_rewards
 from runtime.learner import load_adapters
 from runtime.loop import heldout_groups, heldout_metrics
 from runtime.roles import Evaluator, evaluated_adapter, located, new_generator, pixels, worker
@@ -81,7 +81,7 @@ def evaluate_run(
     rollouts = changed_rollouts(experiment, steps=steps, solver=solver)
     experiment = more_rewards(experiment, rewards, allow_code)
     try:
-        check(located([*experiment.rewards.train, *experiment.rewards.heldout]))
+        check_rewards(located([*experiment.rewards.train, *experiment.rewards.heldout]))
         texts = read_prompts(prompts or experiment.prompts.heldout)
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -25,9 +25,10 @@ def watch_metrics(result: Evaluated, teacher: Evaluated, trained: Collection[str
     """
     line = {}
     for label, before in teacher.scores.items():
-        spread = before.std().item()
+        known = ~(before + result.scores[label]).isnan()
+        spread = before[known].std().item()
         if label not in trained and spread > 0:
-            line[f"watch/{label}"] = (before.mean() - result.scores[label].mean()).item() / spread
+            line[f"watch/{label}"] = (before[known].mean() - result.scores[label][known].mean()).item() / spread
     if teacher.diversity > 0:
         line["watch/diversity"] = 1 - result.diversity / teacher.diversity
     return line

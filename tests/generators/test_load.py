@@ -42,7 +42,8 @@ def test_wrong_dtype_and_family(folder):
 def test_embedded_names():
     assert embedded("embedded:glyphs-clip") == EMBEDDED["glyphs-clip"]
     assert EMBEDDED["glyphs"].parent.joinpath("networks.py").is_file()
-    expected = "weights 'embedded:glyps' are not embedded here; allowed: glyphs, glyphs-clip; did you mean 'glyphs'?"
+    allowed = "glyphs, glyphs-clip, glyphs-rewriter"
+    expected = f"weights 'embedded:glyps' are not embedded here; allowed: {allowed}; did you mean 'glyphs'?"
     assert refused("embedded:glyps") == expected
 
 

@@ -106,11 +106,13 @@ def test_latent_shapes_by_hand():
 
 def test_a_shift_where_there_is_none(folder):
     seen = outline(str(folder))
-    seen.check_shift(3.0)
+    seen.check_grid(3.0, even=True)
     object.__setattr__(seen, "scheduler", {"_class_name": "DDIMScheduler"})
-    seen.check_shift(None)
+    seen.check_grid(None, even=False)
     with pytest.raises(ValueError, match="shift 3: a DDIMScheduler has none"):
-        seen.check_shift(3)
+        seen.check_grid(3, even=False)
+    with pytest.raises(ValueError, match="spacing 'even': a DDIMScheduler takes no times from outside"):
+        seen.check_grid(None, even=True)
 
 
 def test_diffusers_words():

@@ -3,7 +3,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 import generators.sd3
-from diffusion import SOLVERS, Codec, Predict, RectifiedFlow, guided, integrate, sample_noise
+from diffusion import SOLVERS, Codec, Predict, RectifiedFlow, flow_grid, guided, integrate, sample_noise
 from generators.load import load
 from generators.lora_file import save_lora
 from generators.sd3 import SD3Generator
@@ -177,6 +177,13 @@ def test_a_shift_of_ones_own(generator, new_pipeline):
     assert not torch.equal(other.time_grid(5), generator.time_grid(5))
     grid = generator.time_grid(5)
     assert (grid.dtype, len(grid), grid[0], grid[-1]) == (torch.float64, 6, 1, 0)
+
+
+def test_even_times_are_those_of_a_pipeline_that_brings_its_own(generator):
+    shift = generator.pipeline.scheduler.config.shift
+    expected = flow_grid(4, shift=shift, last=0.25)
+    torch.testing.assert_close(generator.time_grid(4, even=True), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(generator.time_grid(4, shift=2.0, even=True), flow_grid(4, 2.0, 0.25), rtol=0, atol=1e-6)
 
 
 def test_bfloat16_base(folder, randomize):

@@ -105,6 +105,12 @@ def test_half_precision_heads_are_read_in_float32(tensors, tmp_path):
     assert torch.equal(head[0].weight, tensors["layers.0.weight"].half().float())
 
 
+def test_bfloat16_leaves_the_head_alone(head_file, clip_folder):
+    reward = Aesthetic(str(head_file), str(clip_folder), dtype="bfloat16")
+    assert {p.dtype for part in (reward.tower, reward.projection) for p in part.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in reward.head.parameters()} == {torch.float32}
+
+
 def refused(file, act=read_head) -> str:
     with pytest.raises(ValueError, match=r"^head '.*': ") as error:
         act(str(file))

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+import rewards
 from diffusion.types import Prompt
 from rewards.clip_score import CLIPScore, center_crop, resize_shortest_edge
 from worlds.glyphs import parse, read_prompts, render
@@ -105,6 +106,20 @@ def test_captions_kept_in_memory_are_bounded(clip_folder, monkeypatch):
     first = reward(torch.full((4, 3, 32, 32), 0.3), PROMPTS).total
     assert len(reward._texts) == 2
     assert torch.equal(first, reward(torch.full((4, 3, 32, 32), 0.3), PROMPTS).total)
+
+
+def test_bfloat16_halves_the_network_s_memory(clip_folder, reward):
+    def size(model):
+        return sum(parameter.nbytes for parameter in model.parameters())
+
+    assert size(CLIPScore(str(clip_folder), dtype="bfloat16").model) == pytest.approx(size(reward.model) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bf16", None])
+def test_other_dtypes_are_refused(clip_folder, dtype):
+    entry = {"name": "clip_score", "weights": str(clip_folder), "dtype": dtype}
+    with pytest.raises(ValueError, match=r"^rewards\[0\]\.dtype .*: input should be 'float32' or 'bfloat16'$"):
+        rewards.resolve([entry])
 
 
 def test_a_long_caption_is_cut_off(reward):

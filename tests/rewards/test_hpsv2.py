@@ -383,6 +383,21 @@ def test_equals_the_package_s_own_score(real_vocabulary, checkpoint, pictures):
 
 
 @PACKAGES
+def test_both_back_ends_take_bfloat16(real_vocabulary, checkpoint, pictures):
+    prompts = [Prompt(str(i), text) for i, text in enumerate(CAPTIONS)]
+    exact, gradient = scores_and_gradient(
+        lambda images: HPSv2(str(checkpoint), backend="hpsv2")(images, prompts).total, pictures
+    )
+    for knobs in ({"tokenizer": str(real_vocabulary)}, {"backend": "hpsv2"}):
+        reward = HPSv2(str(checkpoint), **knobs, dtype="bfloat16")
+        assert {parameter.dtype for parameter in reward.model.parameters() if parameter.ndim > 0} == {torch.bfloat16}
+        scores, coarse = scores_and_gradient(lambda images, reward=reward: reward(images, prompts).total, pictures)
+        assert (scores.dtype, coarse.dtype) == (torch.float32, torch.float32)
+        assert 0 < (scores - exact).abs().max() < 0.1 * exact.std()
+        assert F.cosine_similarity(coarse.flatten(1), gradient.flatten(1)).min() > 0.999
+
+
+@PACKAGES
 def test_prepares_pictures_as_the_package_to_the_last_bit(pictures):
     with compat.importing_hpsv2():
         from hpsv2.src.open_clip import image_transform

@@ -116,6 +116,13 @@ def test_a_score_without_gradient_is_the_same_to_the_last_bit_in_any_batch(rewar
 
 
 @PACKAGE
+def test_bfloat16_leaves_the_head_alone(knobs):
+    network = ImageReward(**knobs, dtype="bfloat16").model
+    assert {p.dtype for p in network.blip.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in network.mlp.parameters()} == {torch.float32}
+
+
+@PACKAGE
 def test_captions_are_padded_and_cut_off_at_35_tokens(reward, images):
     seen = []
     encoder = reward.model.blip.text_encoder

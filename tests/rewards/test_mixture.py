@@ -5,8 +5,9 @@ import torch
 
 from diffusion.types import Prompt, RewardModel, Scores
 from rewards.brightness import Brightness
-from rewards.mixture import Clipped, Mixture, RewardError, normalized_then_summed, score
+from rewards.mixture import Mixture, RewardError, normalized_then_summed, score
 from rewards.symmetry import Symmetry
+from rewards.wrappers import Clipped
 
 PROMPTS = [Prompt("1", "a red circle"), Prompt("2", "a blue seven")]
 

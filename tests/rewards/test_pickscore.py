@@ -56,6 +56,13 @@ def test_is_the_factor_times_the_cosine(reward, folder, images):
     assert reward(images, PROMPTS).total == pytest.approx(FACTOR * CLIPScore(str(folder))(images, PROMPTS).total, rel=1e-6)
 
 
+def test_bfloat16_leaves_the_factor_alone(folder):
+    """In bfloat16 CLIP's own 100 would be 98.9."""
+    coarse = PickScore(str(folder), dtype="bfloat16")
+    assert coarse.factor == pytest.approx(FACTOR, rel=1e-6)
+    assert {p.dtype for p in coarse.cosine.model.parameters() if p.ndim > 0} == {torch.bfloat16}
+
+
 def test_the_gradient_is_the_factor_times_the_cosine_s(reward, folder, images):
     def gradient(of):
         pictures = images.clone().requires_grad_()

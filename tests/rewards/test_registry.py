@@ -19,9 +19,10 @@ def refused(*entries) -> str:
 
 def test_entries_are_completed():
     resolved = rewards.resolve([{"name": "glyph_match"}, {"name": "clip_score", "weights": "w", "label": "clip", "weight": 2}])
+    rest = {"clip": None, "on_error": "fail", "cache": 0, "env": None, "server": None}
     assert resolved == [
-        {"name": "glyph_match", "label": "glyph_match", "weight": 1.0, "clip": None},
-        {"name": "clip_score", "label": "clip", "weight": 2.0, "clip": None, "weights": "w", "micro_batch": 8},
+        {"name": "glyph_match", "label": "glyph_match", "weight": 1.0, **rest},
+        {"name": "clip_score", "label": "clip", "weight": 2.0, **rest, "weights": "w", "micro_batch": 8, "dtype": "float32"},
     ]
     assert rewards.resolve(resolved) == resolved
 
@@ -53,13 +54,15 @@ def test_wrong_knobs():
     assert said == "rewards.train[0].weights is missing"
     said = refused({"name": "clip_score", "weights": "x", "microbatch": 3})
     assert said.startswith(
-        "rewards.train[0].microbatch is not known; allowed: name, label, weight, clip, weights, micro_batch; did you"
+        "rewards.train[0].microbatch is not known; allowed: name, label, weight, clip, on_error, cache, env, server, weights, "
+        "micro_batch, dtype; did you"
     )
     assert "[0].micro_batch 0: input should be greater than or equal to 1" in refused(
         {"name": "clip_score", "weights": "x", "micro_batch": 0}
     )
-    assert "[0].weights is not known; allowed: name, label, weight, clip; did you mean 'weight'?" in refused(
-        {"name": "brightness", "weights": "x"}
+    assert (
+        "[0].weights is not known; allowed: name, label, weight, clip, on_error, cache, env, server; did you mean 'weight'?"
+        in refused({"name": "brightness", "weights": "x"})
     )
     assert "[0].weight -1: input should be greater than or equal to 0" in refused({"name": "brightness", "weight": -1})
 

@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from rewards.weights import model_folder
+from rewards.weights import hub_revision, is_on_hub, model_folder
 
 
 def refused(weights) -> str:
@@ -69,3 +69,32 @@ def test_a_cached_hub_model_needs_no_network(cache, monkeypatch, clip_folder):
     (cache / "models--owner--name" / "refs").mkdir()
     (cache / "models--owner--name" / "refs" / "main").write_text(commit)
     assert model_folder("owner/name", "clip") == cache / "models--owner--name" / "snapshots" / commit
+
+
+def test_the_revision_is_the_hub_s_or_else_the_cached_one(cache, monkeypatch):
+    class Hub:
+        def model_info(self, hub_id, timeout):
+            assert hub_id == "owner/name"
+            return huggingface_hub.hf_api.ModelInfo(id=hub_id, sha="abc123", **dict.fromkeys(("private", "downloads", "likes")))
+
+    class Away:
+        def model_info(self, hub_id, timeout):
+            raise httpx2.ConnectError("no name")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert hub_revision("owner/name") == "abc123"
+    monkeypatch.setattr(huggingface_hub, "HfApi", Away)
+    with pytest.raises(ValueError, match="the hub cannot be reached"):
+        hub_revision("owner/name")
+    head = cache / "models--owner--name" / "refs" / "main"
+    head.parent.mkdir(parents=True)
+    head.write_text("def456\n")
+    assert hub_revision("owner/name") == "def456"
+
+
+def test_what_is_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_on_hub("owner/name")
+    assert not is_on_hub("embedded:glyphs")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert not is_on_hub("owner/name"), "a local folder goes first, as it does when it is loaded"

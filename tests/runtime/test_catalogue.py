@@ -1,10 +1,16 @@
+import socket
+import sys
+from importlib.machinery import ModuleSpec
+
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 from align import ALGORITHMS
 from diffusion import SOLVERS
-from rewards import REWARDS
+from rewards import REWARDS, compat
 from runtime.catalogue import description, named_rewards, reward_table, score_files
+from runtime.cli import app
 from runtime.config import InputError
 
 
@@ -62,11 +68,83 @@ def test_named_rewards():
     assert named_rewards("a, {name: b, weight: 2}") == [{"name": "a"}, {"name": "b", "weight": 2}]
 
 
+def table():
+    return {row["reward"]: row for row in reward_table()}
+
+
 def test_the_table_has_every_reward():
-    table = {row["reward"]: row for row in reward_table()}
-    assert list(table) == list(REWARDS)
-    assert table["clip_score"]["needs"] == "weights"
-    assert table["glyph_match"]["differentiable"] == "no"
+    rows = table()
+    assert list(rows) == list(REWARDS)
+    assert rows["colorfulness"] == {
+        "reward": "colorfulness",
+        "gradient": "yes",
+        "range": "[0, 1.1673]",
+        "weights": "none needed",
+        "licence": "Odeon's",
+        "environment": "core",
+    }
+    assert rows["glyph_match"]["gradient"] == "no"
+    assert rows["image_reward"]["range"] == "[-inf, inf]"
+    assert rows["pickscore"]["licence"] == "MIT (code), none stated (weights)"
+
+
+def test_the_table_says_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path):
+    def no_network(*_, **__):
+        raise AssertionError("the table asks the network")
+
+    def cache(hub_id, file):
+        folder = tmp_path / f"models--{hub_id.replace('/', '--')}"
+        for path, text in ((folder / "refs/main", "0" * 40), (folder / "snapshots" / ("0" * 40) / file, "")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    weights = {name: row["weights"] for name, row in table().items()}
+    assert weights["clip_score"] == "give weights"
+    assert weights["vlm_judge"] == "give url, model, max_requests"
+    assert weights["ocr"] == "in its package"
+    assert weights["image_reward"] == "first use downloads THUDM/ImageReward, google-bert/bert-base-uncased"
+    assert weights["aesthetic"] == "give head; first use downloads openai/clip-vit-large-patch14"
+    cache("xswu/HPSv2", "HPS_v2_compressed.pt")  # of the version that is not asked for
+    assert table()["hpsv2"]["weights"] == "first use downloads xswu/HPSv2, openai/clip-vit-large-patch14"
+    cache("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    assert table()["hpsv2"]["weights"] == "in the cache: xswu/HPSv2; first use downloads openai/clip-vit-large-patch14"
+    cache("openai/clip-vit-large-patch14", "vocab.json")
+    assert table()["hpsv2"]["weights"] == "in the cache: xswu/HPSv2, openai/clip-vit-large-patch14"
+    assert table()["aesthetic"]["weights"] == "give head; first use downloads openai/clip-vit-large-patch14"
+    cache("openai/clip-vit-large-patch14", "model.safetensors")
+    assert table()["aesthetic"]["weights"] == "give head; in the cache: openai/clip-vit-large-patch14"
+
+
+def test_the_table_says_which_rewards_need_more_than_the_core(monkeypatch):
+    asked, absent = list[str](), "ImageReward"
+
+    def find_spec(name):
+        asked.append(name)
+        return None if name == absent else ModuleSpec(name, None)
+
+    packages = {"rapidocr", "onnxruntime", "ImageReward", "torchvision", "timm"}
+    for name in packages:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(compat, "find_spec", find_spec)
+    environments = {name: row["environment"] for name, row in table().items()}
+    assert set(asked) == packages
+    assert {name for name, environment in environments.items() if environment != "core"} == {"image_reward", "ocr"}
+    assert (environments["image_reward"], environments["ocr"]) == ("make rewards", "ready")
+    absent = "onnxruntime"
+    assert (table()["image_reward"]["environment"], table()["ocr"]["environment"]) == ("ready", "make rewards")
+    assert not packages & set(sys.modules), "asking must not import them"
+
+
+def test_nothing_of_the_table_is_cut_off(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        app(["rewards"])
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in REWARDS)
+    assert "…" not in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
 
 
 @pytest.mark.parametrize("name", [*ALGORITHMS, *REWARDS, *SOLVERS, "sd3"])

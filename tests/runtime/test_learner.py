@@ -9,6 +9,7 @@ import torch
 from diffusion import Condition, Loss, RectifiedFlow
 from runtime.config import OptimizerSection
 from runtime.learner import AVERAGE, Counted, Learner
+from runtime.memory import PeakMemory
 
 
 class Adapters:
@@ -67,6 +68,7 @@ def learner(names=("policy",), micro_batch=64, steps=10, **optimizer):
         OptimizerSection(**{"lr": 0.1, "weight_decay": 0.0} | optimizer),
         steps,
         micro_batch,
+        PeakMemory(torch.device("cpu")),
     )
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from rewards.mixture import RewardError
 from runtime.config import WatchSection
 from runtime.loop import heldout_metrics
 from runtime.roles import Evaluated
@@ -65,3 +66,20 @@ def test_a_fall_that_may_be_chance_is_none():
 def test_scores_that_do_not_vary_are_not_watched():
     teacher = Evaluated({"total": SPREAD, "same": torch.ones(16)}, 0.0, NOTHING, 0)
     assert watch_metrics(teacher, teacher, {"total"}) == {}
+
+
+def test_what_has_no_score_on_either_side_counts_on_neither():
+    nan = torch.nan
+    teacher = Evaluated({"total": torch.tensor([1.0, 2.0, 3.0, nan, 5.0, 6.0]), "other": SPREAD[:6]}, 1.0, NOTHING, 0)
+    result = Evaluated({"total": torch.tensor([2.0, 3.0, nan, 9.0, 5.0, 6.0]), "other": SPREAD[:6] * nan}, 1.0, NOTHING, 0)
+    line = heldout_metrics(result, teacher)
+    assert line["heldout/total"] == 4.0
+    assert line["heldout/base/total"] == 3.5
+    assert line["heldout/win_rate"] == 0.75
+    assert line["heldout/total_se"] == pytest.approx(0.5), "of 1 and 0; one prompt has no pair"
+    assert "heldout/other" not in line
+    assert watch_metrics(result, teacher, {"total"}) == {"watch/diversity": 0.0}
+    one = Evaluated({"total": torch.tensor([2.0, 3.0, nan, nan])}, 1.0, NOTHING, 0)
+    assert "heldout/total_se" not in heldout_metrics(one, one)
+    with pytest.raises(RewardError, match="no held-out picture has a score"):
+        heldout_metrics(result, Evaluated({**teacher.scores, "total": torch.full((6,), nan)}, 1.0, NOTHING, 0))

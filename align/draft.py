@@ -1,0 +1,100 @@
+"""DRaFT: maximise a differentiable reward through the last K steps of the sampler.
+
+arXiv 2309.17400. All steps but the last K run without gradient, and the reward's gradient goes back through those K in full,
+network inputs included. K = T is the whole sampler, whose gradient explodes and which costs T networks of memory; K = 1 was
+best in the paper's experiments. DRaFT-LV lowers K = 1's variance: the finished image is noised again to the last step's time, n
+more times, each with its own noise, and the last step is repeated with gradient from there; the losses are averaged.
+
+Second-hand: the paper's algorithm 1 as other implementations tell it. What differs: the mean over the 1 + n losses, where the
+paper adds them up, which AdamW does not notice. With K > 1 every network's activations are computed again in the backward pass
+(the paper checkpoints, too), so memory grows by a state and not by a network for each step.
+
+A grid whose last step is nearly empty, as the flow schedulers' is (from t = 0.001 to 0), leaves K = 1 nearly nothing to train:
+its gradient arrives multiplied by 0.001, and so does what it learns. Choose the grid, or K, accordingly.
+
+Axes: B images, T solver steps, counted from the noise, 0 .. T-1; K of them trained, n more noises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from align.direct import Rows, judged, rollout_with_gradient, rows_of
+from diffusion.noise import sample_noise
+from diffusion.path import Path
+from diffusion.types import Loss, Predict, Rollout, Sampling, Scores
+
+
+class DRaFTConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    group_size: ClassVar[int] = 1
+
+    train_steps: int = Field(1, ge=1, description="K, the last steps, through which the gradient goes; paper: 1")
+    low_variance: int = Field(0, ge=0, description="n, how often the end is noised again; DRaFT-LV where above 0, paper: 2")
+    hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r, the paper's")
+    detach_negative: bool = Field(False, description="no gradient through guidance's negative branch; ours")
+
+    @field_validator("low_variance")
+    @classmethod
+    def _low_variance_is_of_one_step(cls, n: int, info: ValidationInfo) -> int:
+        if n and info.data.get("train_steps", 1) != 1:
+            raise ValueError(f"is {n}, allowed is 0 where train_steps is above 1: DRaFT-LV repeats a single step")
+        return n
+
+    def gradient_evaluations(self, steps: int) -> int:
+        """Network evaluations with gradient for one image; those that are computed again count twice."""
+        return 1 + self.low_variance if self.train_steps == 1 else 2 * self.train_steps
+
+    def check(self, steps: int) -> None:
+        """Raises ValueError if a T-step solve has too few steps to train."""
+        if self.train_steps > steps:
+            raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {steps}, the solver's steps")
+
+
+class DRaFT:
+    """The objective -r(x_0), or its hinge. Metrics: those of `judged`, for the images before they are noised again."""
+
+    Config = DRaFTConfig
+    players: Sequence[str] = ("policy",)
+    idle_metrics: Mapping[str, float] = MappingProxyType({})
+    group_size = 1
+    updates = 1
+    direct = True
+
+    def __init__(self, config: DRaFTConfig) -> None:
+        self.config = config
+
+    def equip(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return sample_noise(seeds, shape)
+
+    def record(self, steps: int) -> Sequence[int]:
+        return [0]
+
+    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
+        steps, noise = self.sampling.steps, rollout.trajectory.x[:, 0]
+        rows = rows_of(rollout, range(steps - self.config.train_steps, steps), steps - 1)
+        renoise = torch.randn(len(noise), self.config.low_variance, *noise.shape[1:], generator=generator)
+        return replace(rows, renoise=renoise.to(noise.device))
+
+    def loss(self, player: str, items: Rows, predict: Predict, path: Path) -> Loss:
+        def ask(x: Tensor, t: Tensor) -> Tensor:
+            return predict(x, t, items.condition, player)
+
+        clean = rollout_with_gradient(ask, items, self.sampling, path, recompute=self.config.train_steps > 1)
+        loss = judged(clean, items, self.sampling, self.config.hinge)
+        assert items.renoise is not None
+        value, last = loss.value, self.sampling.grid[-2]
+        for noise in items.renoise.unbind(1):
+            state = path.mix(clean.detach(), noise, last)
+            value = value + judged(path.clean(state, last, ask(state, last)), items, self.sampling, self.config.hinge).value
+        return Loss(value / (1 + self.config.low_variance), loss.metrics)

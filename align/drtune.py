@@ -1,0 +1,146 @@
+"""DRTune: maximise a differentiable reward through the whole sampler, at the price of a few of its steps.
+
+arXiv 2405.00760 (ECCV 2024). A reward's gradient through all T steps costs T networks of memory and, being a product of T
+Jacobians, explodes. DRTune cuts it at every *input of the network*. The state itself stays differentiable: x_{i+1} = a_i x_i +
+b_i v(sg x_i) is linear in it, so a trained step, however early, reaches the image by the sampler's own coefficients c_i, and
+
+    dL / d theta = sum_{i in S} c_i (d v(sg x_i) / d theta)^T dL / d x_0        `diffusion.prediction_coefficients`
+
+with one and the same dL / d x_0 for all. Only K equally spaced steps S are trained; the others run without gradient. And the
+rollout stops early, after a step drawn from the last m, and takes the clean prediction there: shallow steps are skipped, and
+the reward sees the image earlier.
+
+Second-hand: no official code exists. The algorithm follows its restatement in LeapAlign (arXiv 2604.15311, algorithm 1), the
+settings FlowBP and LeapAlign; of the paper itself, abstract and introduction were at hand.
+
+What differs, and what is left open there:
+* `draw: full` draws S over all T steps, as in the restatement: steps of S that come after the stop are not executed, so
+  fewer than K are trained. `draw: prefix` draws inside the executed steps, as FlowBP does, so K always are.
+* With `full` and m > (K - 1) floor(T / K) + 1 a step of the run may train nothing; it is logged with loss 0.
+* One draw of S and of the stop holds for all images of a step.
+* `hinge` (LeapAlign, FlowBP) and `reference_weight`, the squared distance to what the frozen network makes of the same noise.
+* `detach_negative` keeps guidance's gradient in the conditional branch (FlowBP).
+
+Steps are counted here from the noise, 0 .. T-1, in the paper from the data, t = T - i.
+
+Axes: B images, T solver steps, K trained ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from align.direct import Rows, judged, rollout_with_gradient, rows_of
+from diffusion.noise import sample_noise
+from diffusion.path import Path
+from diffusion.types import Loss, Predict, Rollout, Sampling, Scores
+
+
+class DRTuneConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    group_size: ClassVar[int] = 1
+
+    train_steps: int = Field(3, ge=1, description="K, solver steps that are trained; FlowBP calls 3 of 25 the paper's")
+    early_stop: float = Field(
+        0.4, gt=0, le=1, description="m / T, the share of last steps one of which is the rollout's end; FlowBP: 0.4"
+    )
+    draw: Literal["full", "prefix"] = Field(
+        "full", description="K steps drawn over the full range (the paper, by LeapAlign) or inside the executed prefix (FlowBP)"
+    )
+    hinge: float | None = Field(
+        None, description="lambda of max(0, lambda - r); null: -r, the paper's. LeapAlign: 0.55 for HPSv2.1"
+    )
+    reference_weight: float = Field(
+        0.0, ge=0, description="of the mean squared distance to the frozen network's clean prediction from the same noise; ours"
+    )
+    detach_negative: bool = Field(False, description="no gradient through guidance's negative branch; FlowBP offers it")
+
+    def gradient_evaluations(self, steps: int) -> int:
+        """Network evaluations with gradient for one image: at most K."""
+        return self.train_steps
+
+    def last(self, steps: int) -> int:
+        """m for a T-step solve."""
+        return max(1, round(self.early_stop * steps))
+
+    def check(self, steps: int) -> None:
+        """Raises ValueError if a T-step solve has too few steps to train."""
+        executed = steps if self.draw == "full" else steps - self.last(steps) + 1
+        if self.train_steps > executed:
+            raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {executed} with {steps} solver steps")
+
+
+def equally_spaced(first: int, number: int, among: int) -> tuple[int, ...]:
+    """S = {s + i floor(n / K)}, i < K, in the paper's count from the data: s 1..n - (K-1) floor(n / K) -> K of 1..n."""
+    return tuple(first + i * (among // number) for i in range(number))
+
+
+def starts(number: int, among: int) -> int:
+    """How many s there are: n - (K - 1) floor(n / K)."""
+    return among - (number - 1) * (among // number)
+
+
+def draw_steps(steps: int, config: DRTuneConfig, generator: torch.Generator) -> tuple[tuple[int, ...], int]:
+    """(the trained steps S, the last executed step), counted from the noise, 0 .. T-1. S may hold steps after the last."""
+
+    def one_of(number: int) -> int:
+        return int(torch.randint(1, number + 1, (), generator=generator))
+
+    t_min = one_of(config.last(steps))
+    skipped = 0 if config.draw == "full" else t_min - 1
+    among = steps - skipped
+    chosen = equally_spaced(one_of(starts(config.train_steps, among)), config.train_steps, among)
+    return tuple(sorted(steps - (skipped + t) for t in chosen)), steps - t_min
+
+
+class DRTune:
+    """The objective -r(x_0), or its hinge, + beta * distance to the frozen network's x_0.
+
+    Metrics: those of `judged`, `drtune/trained`, how many steps were, and with a pull `reference/distance`.
+    """
+
+    Config = DRTuneConfig
+    players: Sequence[str] = ("policy",)
+    idle_metrics: Mapping[str, float] = MappingProxyType({})
+    group_size = 1
+    updates = 1
+    direct = True
+
+    def __init__(self, config: DRTuneConfig) -> None:
+        self.config = config
+
+    def equip(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return sample_noise(seeds, shape)
+
+    def record(self, steps: int) -> Sequence[int]:
+        return [0]
+
+    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
+        return rows_of(rollout, *draw_steps(self.sampling.steps, self.config, generator))
+
+    def loss(self, player: str, items: Rows, predict: Predict, path: Path) -> Loss:
+        if self.config.reference_weight:
+            with torch.no_grad():
+                reference = rollout_with_gradient(
+                    lambda x, t: predict(x, t, items.condition, None), replace(items, trained=()), self.sampling, path
+                )
+        clean = rollout_with_gradient(
+            lambda x, t: predict(x, t, items.condition, player), items, self.sampling, path, detach_input=True
+        )
+        loss = judged(clean, items, self.sampling, self.config.hinge)
+        metrics = {**loss.metrics, "drtune/trained": float(len(items.trained))}
+        if not self.config.reference_weight:
+            return Loss(loss.value, metrics)
+        distance = F.mse_loss(clean, reference)
+        return Loss(loss.value + self.config.reference_weight * distance, {**metrics, "reference/distance": distance.item()})

@@ -1,0 +1,91 @@
+"""ReFL: maximise a differentiable reward through one late step of the sampler.
+
+ImageReward, arXiv 2304.05977, algorithm 1. The sampler runs without gradient to a step drawn from the last ones, that step is
+taken with gradient, and the reward scores its clean prediction: one network of memory, and no gradient to any earlier step. The
+reward cannot say anything at noisy steps, where the clean prediction is a blur, which is why the paper draws late ones. It is
+DRTune with S = {the stop}.
+
+What differs: the paper adds the pre-training loss on image-text pairs, which needs such pairs, and maps the reward by
+max(0, 2 - r), here `hinge: 2`, times 1e-3, which AdamW does not notice. `window` 0.75 .. 1 is the package's: of 40 steps it
+draws one of 30 .. 39.
+
+Axes: B images, T solver steps, counted from the noise, 0 .. T-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from align.direct import Rows, judged, rollout_with_gradient, rows_of
+from diffusion.noise import sample_noise
+from diffusion.path import Path
+from diffusion.types import Loss, Predict, Rollout, Sampling, Scores
+
+
+class ReFLConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    group_size: ClassVar[int] = 1
+
+    window: tuple[float, float] = Field(
+        (0.75, 1.0), description="fractions of the solve, noise first, between which the trained step is drawn; the package's"
+    )
+    hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r. The paper's is 2, for ImageReward")
+    detach_negative: bool = Field(False, description="no gradient through guidance's negative branch; ours")
+
+    @field_validator("window")
+    @classmethod
+    def _window_is_a_range(cls, window: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= window[0] < window[1] <= 1:
+            raise ValueError(f"is {list(window)}, allowed are two rising fractions between 0 and 1")
+        return window
+
+    def gradient_evaluations(self, steps: int) -> int:
+        """Network evaluations with gradient for one image."""
+        return 1
+
+    def stops(self, steps: int) -> range:
+        """The steps of a T-step solve that may be the trained one."""
+        return range(round(self.window[0] * steps), round(self.window[1] * steps))
+
+    def check(self, steps: int) -> None:
+        """Raises ValueError if the window holds no step of a T-step solve."""
+        if not self.stops(steps):
+            raise ValueError(f"window is {list(self.window)}, which holds none of {steps} solver steps")
+
+
+class ReFL:
+    """The objective -r(clean prediction of the drawn step), or its hinge. Metrics: those of `judged`."""
+
+    Config = ReFLConfig
+    players: Sequence[str] = ("policy",)
+    idle_metrics: Mapping[str, float] = MappingProxyType({})
+    group_size = 1
+    updates = 1
+    direct = True
+
+    def __init__(self, config: ReFLConfig) -> None:
+        self.config = config
+
+    def equip(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return sample_noise(seeds, shape)
+
+    def record(self, steps: int) -> Sequence[int]:
+        return [0]
+
+    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
+        stops = self.config.stops(self.sampling.steps)
+        stop = stops[int(torch.randint(len(stops), (), generator=generator))]
+        return rows_of(rollout, [stop], stop)
+
+    def loss(self, player: str, items: Rows, predict: Predict, path: Path) -> Loss:
+        clean = rollout_with_gradient(lambda x, t: predict(x, t, items.condition, player), items, self.sampling, path)
+        return judged(clean, items, self.sampling, self.config.hinge)

@@ -1,0 +1,170 @@
+"""Whole runs of the methods that back-propagate through the sampler, as small as they get."""
+
+import pytest
+import torch
+
+from diffusion import SOLVERS, Prompt, integrate
+from generators import load
+from runtime.checks import check_inputs
+from runtime.config import InputError, read_experiment
+from runtime.launch import plan
+from runtime.memory import PeakMemory
+from runtime.roles import Trainer
+from tests.runtime.test_run import QUICKSTART, SMALL, adapter, go
+
+COMMON = [
+    *SMALL,
+    "rewards={train: [{name: symmetry}], heldout: [{name: contrast}]}",
+    "rollouts.groups_per_step=5",
+    "run.steps=2",
+]
+METHODS = {
+    "drtune": "{algorithm: drtune, train_steps: 2, draw: prefix, reference_weight: 0.1}",
+    "refl": "{algorithm: refl, window: [0.3, 1.0]}",
+    "draft": "{algorithm: draft, low_variance: 2}",
+    "draft_k": "{algorithm: draft, train_steps: 2}",
+    "alignprop": "{algorithm: alignprop}",
+}
+DIFFER = ("time/", "seconds", "memory/")
+
+
+def direct(method, *overrides):
+    return read_experiment(QUICKSTART, [*COMMON, f"objective={METHODS[method]}", *overrides])
+
+
+def lines(folder):
+    return [{key: value for key, value in line.items() if not key.startswith(DIFFER)} for line in folder.metrics()]
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request, tmp_path_factory):
+    return request.param, go(direct(request.param), tmp_path_factory.mktemp("runs") / "whole")[0]
+
+
+def test_it_learns_and_says_what_it_did(run):
+    name, folder = run
+    first, second = folder.metrics()
+    for line in (first, second):
+        assert line["loss"] == pytest.approx(-line["reward/symmetry"], abs=0.2)
+        assert line["reward/total"] == line["reward/symmetry"]
+        assert line["grad_norm"] > 0
+        assert {"memory/forward", "memory/reward", "memory/backward"} <= line.keys()
+        assert "reward/std" not in line, "a group of one has no spread"
+    assert second["adapter_norm"] != first["adapter_norm"]
+    trained = {"drtune": 2, "refl": 1, "draft": 3, "draft_k": 4}  # recomputing counts, and so does noising again
+    if name in trained:
+        assert first["nfe/train"] == 5 * trained[name]
+    assert "heldout/contrast" in second
+
+
+def test_a_cut_run_continues_bit_for_bit(run, tmp_path):
+    name, whole = run
+
+    class Cut(Exception):
+        pass
+
+    def cut(line):
+        raise Cut
+
+    with pytest.raises(Cut):
+        go(direct(name), tmp_path / "cut", show=cut)
+    folder, _ = go(direct(name), tmp_path / "cut")
+    assert lines(folder) == lines(whole)
+    assert adapter(folder, 2) == adapter(whole, 2)
+
+
+def test_ray_changes_nothing(tmp_path):
+    from runtime.remote import RayExecutor
+
+    experiment = direct("drtune", "rollouts.workers=2", "run.micro_batch=4")
+    inline, _ = go(experiment, tmp_path / "inline")
+    ray, _ = go(experiment, tmp_path / "ray", RayExecutor(experiment))
+    for one, other in zip(lines(inline), lines(ray), strict=True):
+        assert one.keys() == other.keys()
+        # Of diversity each worker sends the mean of its groups, so its last bits hang on who drew what.
+        assert {k for k in one if one[k] != other[k]} <= {"diversity", "diversity/base", "watch/diversity"}
+    assert adapter(inline, 2) == adapter(ray, 2)
+
+
+def test_micro_batches_change_rounding_alone(tmp_path):
+    whole, _ = go(direct("drtune", "run.micro_batch=5", "run.steps=1"), tmp_path / "whole")
+    parts, _ = go(direct("drtune", "run.micro_batch=2", "run.steps=1"), tmp_path / "parts")
+    (a,), (b,) = lines(whole), lines(parts)
+    for key in ("loss", "reward/total", "grad_norm"):
+        assert b[key] == pytest.approx(a[key], rel=1e-4)
+    assert a["nfe/train"] == b["nfe/train"] == 10
+
+
+def test_what_is_scored_is_the_sampler_s_own_picture():
+    """Without early stop the judged image is the one that a plain solve of the trained policy draws."""
+    experiment = direct("draft")
+    trainer, generator = Trainer(experiment), load("embedded:glyphs")
+    noise = torch.randn(2, *generator.latent_shape(), generator=torch.Generator().manual_seed(0))
+    condition = generator.encode(["a red circle", "a blue seven"])
+    solve = integrate(
+        lambda x, t: generator(x, t, condition, None), noise, generator.time_grid(3), generator.path, SOLVERS["dpmpp_2m"]
+    )
+    sampling = trainer.objective.sampling
+    assert torch.equal(sampling.grid, generator.time_grid(3))
+    assert sampling.solver is SOLVERS["dpmpp_2m"]
+    scores = sampling.judge(solve.x[:, -1], [Prompt("1", "a"), Prompt("2", "b")])
+    images = generator.decode(solve.x[:, -1])
+    assert scores.total.tolist() == pytest.approx((1 - (images - images.flip(3)).abs().mean((1, 2, 3))).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rewards.train=[{name: glyph_match}]"], "rewards.train: glyph_match has no gradient, which drtune needs; with one: "),
+        (["rewards.multi_objective_aggregation=normalize_then_sum"], "needs groups, and drtune has none"),
+    ],
+)
+def test_what_has_no_gradient_is_refused(overrides, words):
+    with pytest.raises(InputError) as caught:
+        check_inputs(direct("drtune", *overrides), "inline")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if "with one" in words:
+        named = str(caught.value).split("with one: ")[1]
+        assert "symmetry" in named
+        assert "clip_score" in named
+        assert "jpeg_size" not in named
+
+
+def test_a_watched_reward_needs_no_gradient():
+    check_inputs(direct("drtune", "rewards.train=[{name: symmetry}, {name: jpeg_size, weight: 0}]"), "inline")
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("{algorithm: drtune, train_steps: 9}", "train_steps is 9, allowed are 1 to 3 with 3 solver steps"),
+        ("{algorithm: draft, low_variance: 1, train_steps: 2}", "DRaFT-LV repeats a single step"),
+        ("{algorithm: drtune, draw: some}", "objective.draw = 'some'"),
+        ("{algorithm: drtune, anchors: 2}", "objective.anchors: unknown key"),
+        ("{algorithm: dr_tune}", "did you mean 'drtune'"),
+    ],
+)
+def test_wrong_knobs(objective, words):
+    with pytest.raises(InputError) as caught:
+        read_experiment(QUICKSTART, [*COMMON, f"objective={objective}"])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_plan_counts_evaluations_with_gradient():
+    experiment = direct("drtune")
+    _, _, generator = check_inputs(experiment, "inline")
+    assert "at most 10 with it" in plan(experiment, "inline", generator)
+
+
+def test_the_peak_is_that_of_the_phase():
+    memory = PeakMemory(torch.device("cpu"))
+    memory.enter("small")
+    memory.enter("large")
+    block = torch.ones(50 * 2**20 // 4)
+    del block
+    memory.enter("small")
+    peaks = memory.peaks()
+    assert peaks["memory/large"] > peaks["memory/small"] + 30
+    assert memory.peaks() == {}
