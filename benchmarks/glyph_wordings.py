@@ -2,8 +2,8 @@
 
     python benchmarks/glyph_wordings.py [--prompts tuning] [--noises 8] [--steps 4] [--solver dpmpp_2m]
 
-Prints one JSON line: glyph_match of either wording, their difference with its standard error over captions, and what choosing the
-better wording of each caption on half of the noises gains on the other half.
+Prints one JSON line: glyph_match of either wording, their difference with its standard error over captions, and what choosing
+the better wording of each caption on half of the noises gains on the other half.
 """
 
 import argparse

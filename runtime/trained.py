@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from diffusion import Prompt, sample_seed
@@ -33,6 +34,10 @@ def read_run(run_dir: Path, *, allow_code: bool = True) -> tuple[Experiment, Run
     """Raises InputError for a folder that holds no run. allow_code: nothing is called yet, so only who calls rewards minds."""
     if not (run_dir / "experiment.yaml").is_file():
         raise InputError(f"{run_dir}: no run there (no experiment.yaml)")
+    if "language_model" in yaml.safe_load((run_dir / "experiment.yaml").read_text()):
+        raise InputError(
+            f"{run_dir}: is a prompt policy's run, which has no adapter; its language model is in {run_dir / 'export'}"
+        )
     return read_experiment(run_dir / "experiment.yaml", allow_code=allow_code), RunFolder(run_dir)
 
 

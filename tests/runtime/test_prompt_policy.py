@@ -19,6 +19,7 @@ from runtime.compare import read_runs, summary
 from runtime.config import InputError, read_as
 from runtime.prompt_policy import Judge, PromptPolicy, Rewriting, Run, greedy, train_prompt_policy, trl_checkpoints
 from runtime.run_folder import RunFolder
+from runtime.trained import read_run
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "experiments" / "prompt_policy.yaml"
@@ -110,6 +111,11 @@ def test_it_is_compared_like_any_run(whole):
     row = summary(name, lines)
     assert row["steps"] == "3"
     assert "held-out clip_score" in row
+
+
+def test_it_has_no_adapter_to_draw_with(whole):
+    with pytest.raises(InputError, match="is a prompt policy's run, which has no adapter"):
+        read_run(whole.path)
 
 
 class Killed(Exception):
