@@ -1,19 +1,28 @@
 """Direct reward tuning compared: DRTune, ReFL, DRaFT-1, DRaFT-LV and AlignProp on the glyph teacher.
 
-    python benchmarks/direct_rewards.py [--quick] [--budget N] [--seeds N] [--rewards NAME ...] [--methods NAME ...]
-                                        [--figure FILE.png] [--threads N]
+    python benchmarks/direct_rewards.py [--quick] [--budget N] [--seeds N] [--solver-steps T]
+                                        [--captions SET] [--captions-number N]
+                                        [--rewards NAME ...] [--methods NAME ...] [--figure FILE.png] [--threads N]
 
 Every method gets the same number of network evaluations, with gradient or without, what is computed again in the backward
 pass included; the same solver, prompts, noises, LoRA and optimiser. The held-out value is the mean of the trained reward over
-pictures of captions that were never trained on. Prints a table and last one JSON line,
-{reward: {method: [final held-out value of each seed]}}; --figure also draws the curves. --quick: one seed and a small budget,
-below 3 minutes.
+pictures of captions that were never trained on. Prints reward against network evaluations and seconds, a table of the ends, and
+last one JSON line, {reward: {method: [final held-out value of each seed]}}. --figure draws the curves.
+--quick: one seed and a small budget, below 3 minutes.
+
+Two more columns tell how the reward was won:
+
+* "late steps alone": the same pictures with the adapter on in those solver steps only that a shallow method trains (ReFL the
+  last quarter, DRaFT the last step) and the frozen teacher in all earlier ones. A LoRA has no time of its own: what is learned
+  at late steps acts at early ones too, and this takes that away.
+* "glyph_match": how much of its caption a picture still shows, which nobody trained.
 """
 
 import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,7 +30,9 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from diffusion.types import Condition
 from rollouts.prompts import prompts_of_step, read_prompts
 from rollouts.worker import seed_groups
 from runtime.config import Experiment
@@ -40,10 +51,10 @@ REWARDS: dict[str, dict[str, Any]] = {
     "compressibility": {"name": "compressibility"},
     "clip_score": {"name": "clip_score", "weights": "embedded:glyphs-clip"},
 }
+FIRST_TRAINED = {"refl": 0.75, "draft_1": 1.0, "draft_lv": 1.0}
+"""What a shallow method trains: steps from this share of the solve on, the last one at least."""
 POINTS = 5
 """Evaluations on the way, the last one at the end of the budget."""
-HELDOUT = 48
-"""Captions, two pictures each."""
 
 
 @dataclass(frozen=True)
@@ -53,60 +64,100 @@ class Point:
     heldout: float
 
 
-def experiment(reward: str, method: str, seed: int, threads: int) -> Experiment:
+@dataclass(frozen=True)
+class Run:
+    curve: list[Point]
+    glyph_match: float
+    late_alone: float | None
+    """None for a method that trains all steps"""
+
+
+class LateAlone:
+    """A generator whose adapters are on at times up to `latest` only, [] as t; before, the teacher answers."""
+
+    def __init__(self, generator: Any, latest: Tensor) -> None:
+        self.generator, self.latest = generator, latest
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
+        answer: Tensor = self.generator(x, t, condition, adapter if t <= self.latest else None)
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
+
+
+def experiment(reward: str, method: str, seed: int, given: argparse.Namespace) -> Experiment:
     return Experiment.model_validate(
         {
             "name": "direct",
             "seed": seed,
             "generator": {"weights": "embedded:glyphs"},
-            "prompts": {"train": "embedded:glyphs/train", "heldout": "embedded:glyphs/heldout", "heldout_number": HELDOUT},
-            "rewards": {"train": [REWARDS[reward]]},
+            "prompts": {
+                "train": "embedded:glyphs/train",
+                "heldout": f"embedded:glyphs/{given.captions}",
+                "heldout_number": given.captions_number,
+            },
+            "rewards": {"train": [REWARDS[reward]], "heldout": [{"name": "glyph_match"}]},
             # Even times: the scheduler's own last step, from t = 0.001, would leave DRaFT nothing to train.
-            "rollouts": {"solver": "euler", "steps": 8, "groups_per_step": 16, "spacing": "even"},
+            "rollouts": {"solver": "euler", "steps": given.solver_steps, "groups_per_step": 16, "spacing": "even"},
             "objective": METHODS[method],
             "optimizer": {"lr": 2e-4},
-            "run": {"steps": 1_000_000, "threads": threads, "micro_batch": 16},
+            "run": {"steps": 1_000_000, "threads": given.threads, "micro_batch": 16},
         }
     )
 
 
-def run(described: Experiment, budget: int) -> list[Point]:
-    """Train until the budget of network evaluations is spent; the curve, evaluations' own cost and time left out."""
+def run(reward: str, method: str, seed: int, given: argparse.Namespace) -> Run:
+    """Train until the budget of network evaluations is spent; evaluations' own cost and time left out."""
+    described = experiment(reward, method, seed, given)
     executor = InlineExecutor(described)
     train, heldout = read_prompts(described.prompts.train), read_prompts(described.prompts.heldout)
-    groups = heldout_groups(heldout[:HELDOUT], described.seed)
+    groups = heldout_groups(heldout[: given.captions_number], seed)
 
-    def evaluated(adapter: str | None) -> float:
-        return executor.evaluate(groups, adapter).scores["total"].mean().item()
+    def heldout_means(adapter: str | None) -> dict[str, float]:
+        return {label: scores.mean().item() for label, scores in executor.evaluate(groups, adapter).scores.items()}
 
-    curve = [Point(0, 0.0, evaluated(None))]
+    curve = [Point(0, 0.0, heldout_means(None)["total"])]
     spent = 0.0
     for step in count(1):
         started = time.perf_counter()
-        prompts = prompts_of_step(train, step, described.rollouts.groups_per_step, described.seed)
-        executor.update(step, executor.sample(seed_groups(prompts, 1, described.seed, step), version=step - 1))
+        prompts = prompts_of_step(train, step, described.rollouts.groups_per_step, seed)
+        executor.update(step, executor.sample(seed_groups(prompts, 1, seed, step), version=step - 1))
         executor.publish(step)
         spent += time.perf_counter() - started
         nfe = sum(executor.network_evaluations())
-        if nfe >= len(curve) * budget / POINTS:
-            curve.append(Point(nfe, spent, evaluated("policy")))
-            if nfe >= budget:
-                return curve
-    raise AssertionError
+        if nfe >= len(curve) * given.budget / POINTS:
+            means = heldout_means("policy")
+            while nfe >= len(curve) * given.budget / POINTS:
+                curve.append(Point(nfe, spent, means["total"]))
+            if nfe >= given.budget:
+                break
+    if method not in FIRST_TRAINED:
+        return Run(curve, means["glyph_match"], None)
+    worker = executor.sampler.evaluator.worker
+    first = min(round(FIRST_TRAINED[method] * given.solver_steps), given.solver_steps - 1)
+    worker.generator = LateAlone(worker.generator, worker.grid[first])
+    return Run(curve, means["glyph_match"], heldout_means("policy")["total"])
 
 
-def draw(curves: dict[str, dict[str, list[list[Point]]]], file: Path) -> None:
+def middle(values: Sequence[float], digits: int = 4) -> str:
+    """The mean and the range."""
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
+
+
+def draw(runs: dict[str, dict[str, list[Run]]], file: Path) -> None:
     """Held-out reward over network evaluations: the mean over seeds, and their range as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.6), squeeze=False)
-    for axis, (reward, methods) in zip(axes[0], curves.items(), strict=True):
-        for method, runs in methods.items():
-            x = [mean(run[i].nfe for run in runs) for i in range(POINTS + 1)]
-            values = [[run[i].heldout for run in runs] for i in range(POINTS + 1)]
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.6), squeeze=False)
+    for axis, (reward, methods) in zip(axes[0], runs.items(), strict=True):
+        for method, seeds in methods.items():
+            points = list(zip(*(one.curve for one in seeds), strict=True))
+            x = [mean(point.nfe for point in seeds_at) for seeds_at in points]
+            values = [[point.heldout for point in seeds_at] for seeds_at in points]
             (line,) = axis.plot(x, [mean(v) for v in values], marker="o", markersize=3, label=method)
             axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
         axis.set_title(f"held-out {reward}")
@@ -120,32 +171,49 @@ def draw(curves: dict[str, dict[str, list[list[Point]]]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--budget", type=int, default=12_000, help="network evaluations of a run")
+    parser.add_argument("--budget", type=int, default=6000, help="network evaluations of a run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--solver-steps", type=int, default=16, help="T")
+    parser.add_argument("--captions", choices=["heldout", "tuning"], default="heldout", help="tuning: to choose settings by")
+    parser.add_argument("--captions-number", type=int, default=48, help="two pictures each")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    budget, seeds = (1500, 1) if given.quick else (given.budget, given.seeds)
+    if given.quick:
+        given.budget, given.seeds, given.captions_number = 1000, 1, 12
     torch.set_num_threads(given.threads)
-    curves: dict[str, dict[str, list[list[Point]]]] = defaultdict(lambda: defaultdict(list))
-    print("| reward | method | teacher | held-out, each seed | mean | seconds |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    runs: dict[str, dict[str, list[Run]]] = defaultdict(dict)
+    print("| reward | method | network evaluations | seconds | held-out, mean (range over seeds) |")
+    print("| --- | --- | --- | --- | --- |")
     for reward in given.rewards:
         for method in given.methods:
-            for seed in range(seeds):
-                curves[reward][method].append(run(experiment(reward, method, seed, given.threads), budget))
-            ends = [curve[-1] for curve in curves[reward][method]]
+            runs[reward][method] = [run(reward, method, seed, given) for seed in range(given.seeds)]
+            for points in zip(*(one.curve for one in runs[reward][method]), strict=True):
+                print(
+                    f"| {reward} | {method} | {mean(point.nfe for point in points):.0f} "
+                    f"| {mean(point.seconds for point in points):.1f} | {middle([point.heldout for point in points])} |",
+                    flush=True,
+                )
+    print("\n| reward | method | held-out at the end, mean (range) | late steps alone | glyph_match | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for reward, methods in runs.items():
+        teacher = mean(one.curve[0].heldout for seeds in methods.values() for one in seeds)
+        print(f"| {reward} | teacher | {teacher:.4f} | | | |")
+        for method, seeds in methods.items():
+            late = [one.late_alone for one in seeds if one.late_alone is not None]
             print(
-                f"| {reward} | {method} | {mean(curve[0].heldout for curve in curves[reward][method]):.4f} "
-                f"| {', '.join(f'{end.heldout:.4f}' for end in ends)} | {mean(end.heldout for end in ends):.4f} "
-                f"| {mean(end.seconds for end in ends):.0f} |",
-                flush=True,
+                f"| {reward} | {method} | {middle([one.curve[-1].heldout for one in seeds])} | {middle(late) if late else ''} "
+                f"| {mean(one.glyph_match for one in seeds):.2f} | {mean(one.curve[-1].seconds for one in seeds):.0f} |"
             )
     if given.figure:
-        draw(curves, given.figure)
-    print(json.dumps({r: {m: [c[-1].heldout for c in runs] for m, runs in methods.items()} for r, methods in curves.items()}))
+        draw(runs, given.figure)
+    ends = {
+        reward: {m: [one.curve[-1].heldout for one in seeds] for m, seeds in methods.items()}
+        for reward, methods in runs.items()
+    }
+    print(json.dumps(ends))
 
 
 if __name__ == "__main__":
