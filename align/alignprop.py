@@ -13,27 +13,17 @@ Axes: B images, T solver steps, counted from the noise, 0 .. T-1; the last K are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import ClassVar
-
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import Field
 
-from align.direct import Rows, judged, rollout_with_gradient, rows_of
-from diffusion.noise import sample_noise
+from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
 from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Sampling, Scores
+from diffusion.types import Loss, Predict, Rollout, Scores
 
 
-class AlignPropConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-    group_size: ClassVar[int] = 1
-
+class AlignPropConfig(DirectConfig):
     deepest: float = Field(1.0, gt=0, le=1, description="the largest K as a share of the T steps; paper: 1")
     hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r, the paper's")
-    detach_negative: bool = Field(False, description="no gradient through guidance's negative branch; ours")
 
     def largest(self, steps: int) -> int:
         """The largest K of a T-step solve."""
@@ -47,27 +37,10 @@ class AlignPropConfig(BaseModel):
         """There is a K for every T."""
 
 
-class AlignProp:
+class AlignProp(Direct[AlignPropConfig]):
     """The objective -r(x_0), or its hinge. Metrics: those of `judged`, and `alignprop/trained`, the K that was drawn."""
 
     Config = AlignPropConfig
-    players: Sequence[str] = ("policy",)
-    idle_metrics: Mapping[str, float] = MappingProxyType({})
-    group_size = 1
-    updates = 1
-    direct = True
-
-    def __init__(self, config: AlignPropConfig) -> None:
-        self.config = config
-
-    def equip(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-
-    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return sample_noise(seeds, shape)
-
-    def record(self, steps: int) -> Sequence[int]:
-        return [0]
 
     def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
         steps = self.sampling.steps

@@ -15,18 +15,58 @@ Axes: B rows, each one image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Generic, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.grid import stop_early
+from diffusion.noise import sample_noise
 from diffusion.ode import integrate
 from diffusion.path import Path
 from diffusion.solvers import Predictor
 from diffusion.types import Condition, Loss, Prompt, Rollout, Sampling, Scores
+
+
+class DirectConfig(BaseModel):
+    """The knobs that every direct method has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    group_size: ClassVar[int] = 1
+
+    detach_negative: bool = Field(
+        False, description="no gradient through guidance's negative branch; FlowBP offers it for DRTune, elsewhere it is ours"
+    )
+
+
+C = TypeVar("C", bound=DirectConfig)
+
+
+class Direct(Generic[C]):
+    """What is the same in every direct method of the protocol `Objective`: one policy, and one update by the step's noises."""
+
+    players: Sequence[str] = ("policy",)
+    idle_metrics: Mapping[str, float] = MappingProxyType({})
+    group_size = 1
+    updates = 1
+    direct = True
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def equip(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return sample_noise(seeds, shape)
+
+    def record(self, steps: int) -> Sequence[int]:
+        return [0]
 
 
 @dataclass(frozen=True)

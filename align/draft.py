@@ -17,29 +17,21 @@ Axes: B images, T solver steps, counted from the noise, 0 .. T-1; K of them trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from align.direct import Rows, judged, rollout_with_gradient, rows_of
-from diffusion.noise import sample_noise
+from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
 from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Sampling, Scores
+from diffusion.types import Loss, Predict, Rollout, Scores
 
 
-class DRaFTConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-    group_size: ClassVar[int] = 1
-
+class DRaFTConfig(DirectConfig):
     train_steps: int = Field(1, ge=1, description="K, the last steps, through which the gradient goes; paper: 1")
     low_variance: int = Field(0, ge=0, description="n, how often the end is noised again; DRaFT-LV where above 0, paper: 2")
     hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r, the paper's")
-    detach_negative: bool = Field(False, description="no gradient through guidance's negative branch; ours")
 
     @field_validator("low_variance")
     @classmethod
@@ -58,27 +50,10 @@ class DRaFTConfig(BaseModel):
             raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {steps}, the solver's steps")
 
 
-class DRaFT:
+class DRaFT(Direct[DRaFTConfig]):
     """The objective -r(x_0), or its hinge. Metrics: those of `judged`, for the images before they are noised again."""
 
     Config = DRaFTConfig
-    players: Sequence[str] = ("policy",)
-    idle_metrics: Mapping[str, float] = MappingProxyType({})
-    group_size = 1
-    updates = 1
-    direct = True
-
-    def __init__(self, config: DRaFTConfig) -> None:
-        self.config = config
-
-    def equip(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-
-    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return sample_noise(seeds, shape)
-
-    def record(self, steps: int) -> Sequence[int]:
-        return [0]
 
     def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
         steps, noise = self.sampling.steps, rollout.trajectory.x[:, 0]

@@ -28,26 +28,19 @@ Axes: B images, T solver steps, K trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import Field
 
-from align.direct import Rows, judged, rollout_with_gradient, rows_of
-from diffusion.noise import sample_noise
+from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
 from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Sampling, Scores
+from diffusion.types import Loss, Predict, Rollout, Scores
 
 
-class DRTuneConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-    group_size: ClassVar[int] = 1
-
+class DRTuneConfig(DirectConfig):
     train_steps: int = Field(3, ge=1, description="K, solver steps that are trained; FlowBP calls 3 of 25 the paper's")
     early_stop: float = Field(
         0.4, gt=0, le=1, description="m / T, the share of last steps one of which is the rollout's end; FlowBP: 0.4"
@@ -61,7 +54,6 @@ class DRTuneConfig(BaseModel):
     reference_weight: float = Field(
         0.0, ge=0, description="of the mean squared distance to the frozen network's clean prediction from the same noise; ours"
     )
-    detach_negative: bool = Field(False, description="no gradient through guidance's negative branch; FlowBP offers it")
 
     def gradient_evaluations(self, steps: int) -> int:
         """Network evaluations with gradient for one image: at most K."""
@@ -101,30 +93,13 @@ def draw_steps(steps: int, config: DRTuneConfig, generator: torch.Generator) -> 
     return tuple(sorted(steps - (skipped + t) for t in chosen)), steps - t_min
 
 
-class DRTune:
+class DRTune(Direct[DRTuneConfig]):
     """The objective -r(x_0), or its hinge, + beta * distance to the frozen network's x_0.
 
     Metrics: those of `judged`, `drtune/trained`, how many steps were, and with a pull `reference/distance`.
     """
 
     Config = DRTuneConfig
-    players: Sequence[str] = ("policy",)
-    idle_metrics: Mapping[str, float] = MappingProxyType({})
-    group_size = 1
-    updates = 1
-    direct = True
-
-    def __init__(self, config: DRTuneConfig) -> None:
-        self.config = config
-
-    def equip(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-
-    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return sample_noise(seeds, shape)
-
-    def record(self, steps: int) -> Sequence[int]:
-        return [0]
 
     def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
         return rows_of(rollout, *draw_steps(self.sampling.steps, self.config, generator))

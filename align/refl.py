@@ -14,29 +14,19 @@ Axes: B images, T solver steps, counted from the noise, 0 .. T-1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import ClassVar
-
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from torch import Tensor
+from pydantic import Field, field_validator
 
-from align.direct import Rows, judged, rollout_with_gradient, rows_of
-from diffusion.noise import sample_noise
+from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
 from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Sampling, Scores
+from diffusion.types import Loss, Predict, Rollout, Scores
 
 
-class ReFLConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-    group_size: ClassVar[int] = 1
-
+class ReFLConfig(DirectConfig):
     window: tuple[float, float] = Field(
         (0.75, 1.0), description="fractions of the solve, noise first, between which the trained step is drawn; the package's"
     )
     hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r. The paper's is 2, for ImageReward")
-    detach_negative: bool = Field(False, description="no gradient through guidance's negative branch; ours")
 
     @field_validator("window")
     @classmethod
@@ -59,27 +49,10 @@ class ReFLConfig(BaseModel):
             raise ValueError(f"window is {list(self.window)}, which holds none of {steps} solver steps")
 
 
-class ReFL:
+class ReFL(Direct[ReFLConfig]):
     """The objective -r(clean prediction of the drawn step), or its hinge. Metrics: those of `judged`."""
 
     Config = ReFLConfig
-    players: Sequence[str] = ("policy",)
-    idle_metrics: Mapping[str, float] = MappingProxyType({})
-    group_size = 1
-    updates = 1
-    direct = True
-
-    def __init__(self, config: ReFLConfig) -> None:
-        self.config = config
-
-    def equip(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-
-    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return sample_noise(seeds, shape)
-
-    def record(self, steps: int) -> Sequence[int]:
-        return [0]
 
     def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
         stops = self.config.stops(self.sampling.steps)
