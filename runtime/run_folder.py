@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from runtime.config import InputError, Section, write_experiment
 
@@ -74,7 +75,8 @@ class RunFolder:
         """
         file = self.path / "experiment.yaml"
         if file.exists():
-            old, new = _flat(yaml.safe_load(file.read_text())), _flat(experiment.model_dump(mode="json"))
+            ran = _with_defaults(yaml.safe_load(file.read_text()), type(experiment))
+            old, new = _flat(ran), _flat(experiment.model_dump(mode="json"))
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not _may_change(key))
             if changed:
                 shown = ", ".join(f"{key} (was {old.get(key)!r}, is {new.get(key)!r})" for key in changed[:5])
@@ -151,6 +153,17 @@ def replaced(file: Path) -> Iterator[Path]:
     temporary = file.with_suffix(".tmp")
     yield temporary
     os.replace(temporary, file)
+
+
+def _with_defaults(raw: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+    """With the keys that came after this file was written: their defaults do what was done before there was a key.
+
+    A file that is no such section any more stays as it is; comparing then names what differs.
+    """
+    try:
+        return section.model_validate(raw, context={"allow_code": True}).model_dump(mode="json")
+    except ValidationError:
+        return raw
 
 
 def _may_change(key: str) -> bool:

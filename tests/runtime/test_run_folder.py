@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from runtime.config import InputError, read_experiment
 from runtime.run_folder import RunFolder
@@ -39,6 +40,20 @@ def test_an_old_folder_takes_the_same_experiment_more_steps_and_other_trackers(f
     folder.keep(longer)
     with pytest.raises(InputError, match=r"run\.steps = 5.*grow"):
         folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
+
+
+def test_a_folder_from_before_a_key_goes_on_with_its_default_and_with_nothing_else(folder):
+    folder.claim(read_experiment(QUICKSTART))
+    file = folder.path / "experiment.yaml"
+    raw = yaml.safe_load(file.read_text())
+    del raw["rollouts"]["spacing"]
+    file.write_text(yaml.safe_dump(raw))
+    folder.claim(read_experiment(QUICKSTART))
+    with pytest.raises(InputError, match=r"rollouts\.spacing \(was 'scheduler', is 'even'\)"):
+        folder.claim(read_experiment(QUICKSTART, ["rollouts.spacing=even"]))
+    file.write_text(yaml.safe_dump({**raw, "forgotten": 1}))
+    with pytest.raises(InputError, match=r"forgotten \(was 1, is None\)"):
+        folder.claim(read_experiment(QUICKSTART))
 
 
 def test_another_experiment_is_refused_with_the_keys_that_differ(folder):
