@@ -13,6 +13,8 @@ Axes: B images, T solver steps, counted from the noise, 0 .. T-1; the last K are
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 
@@ -52,4 +54,4 @@ class AlignProp(Direct[AlignPropConfig]):
             lambda x, t: predict(x, t, items.condition, player), items, self.sampling, path, recompute=len(items.trained) > 1
         )
         loss = judged(clean, items, self.sampling, self.config.hinge)
-        return Loss(loss.value, {**loss.metrics, "alignprop/trained": float(len(items.trained))})
+        return replace(loss, metrics={**loss.metrics, "alignprop/trained": float(len(items.trained))})

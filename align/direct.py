@@ -137,6 +137,7 @@ def judged(clean: Tensor, rows: Rows, sampling: Sampling, hinge: float | None) -
     metrics = {f"reward/{label}": value for label, value in [("total", scores.total), *scores.parts.items()]}
     metrics |= {f"extra/{name}": value for name, value in scores.extra.items()}
     means = {key: value.nanmean().item() for key, value in metrics.items() if not value.isnan().all()}
+    behind = {key: int((~metrics[key].isnan()).sum()) for key in means}
     if not known.any():
-        return Loss(clean.sum() * 0, means)
-    return Loss(reward_loss(scores.total[known], hinge) * known.float().mean(), means)
+        return Loss(clean.sum() * 0, means, behind)
+    return Loss(reward_loss(scores.total[known], hinge) * known.float().mean(), means, behind)

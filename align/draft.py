@@ -9,8 +9,9 @@ Second-hand: the paper's algorithm 1 as other implementations tell it. What diff
 paper adds them up, which AdamW does not notice. With K > 1 every network's activations are computed again in the backward pass
 (the paper checkpoints, too), so memory grows by a state and not by a network for each step.
 
-A grid whose last step is nearly empty, as the flow schedulers' is (from t = 0.001 to 0), leaves K = 1 nearly nothing to train:
-its gradient arrives multiplied by 0.001, and so does what it learns. Choose the grid, or K, accordingly.
+A grid whose last step is nearly empty, as the flow schedulers' is (from t = 0.001 to 0), asks K = 1 for what that step cannot
+do: all it changes arrives in the image multiplied by 0.001. AdamW does not notice so small a gradient, and an adapter, which
+acts at all times, learns there what it then does at earlier ones. `rollouts.spacing: even` gives the last step 1/T.
 
 Axes: B images, T solver steps, counted from the noise, 0 .. T-1; K of them trained, n more noises.
 """
@@ -72,4 +73,4 @@ class DRaFT(Direct[DRaFTConfig]):
         for noise in items.renoise.unbind(1):
             state = path.mix(clean.detach(), noise, last)
             value = value + judged(path.clean(state, last, ask(state, last)), items, self.sampling, self.config.hinge).value
-        return Loss(value / (1 + self.config.low_variance), loss.metrics)
+        return replace(loss, value=value / (1 + self.config.low_variance))

@@ -16,7 +16,8 @@ settings FlowBP and LeapAlign; of the paper itself, abstract and introduction we
 What differs, and what is left open there:
 * `draw: full` draws S over all T steps, as in the restatement: steps of S that come after the stop are not executed, so
   fewer than K are trained. `draw: prefix` draws inside the executed steps, as FlowBP does, so K always are.
-* With `full` and m > (K - 1) floor(T / K) + 1 a step of the run may train nothing; it is logged with loss 0.
+* With `full` and m > (K - 1) floor(T / K) + 1 a step of the run may train nothing; it is logged with loss 0 and
+  without a reward.
 * One draw of S and of the stop holds for all images of a step.
 * `hinge` (LeapAlign, FlowBP) and `reference_weight`, the squared distance to what the frozen network makes of the same noise.
 * `detach_negative` keeps guidance's gradient in the conditional branch (FlowBP).
@@ -29,6 +30,7 @@ Axes: B images, T solver steps, K trained ones.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -100,6 +102,7 @@ class DRTune(Direct[DRTuneConfig]):
     """
 
     Config = DRTuneConfig
+    idle_metrics = MappingProxyType({"drtune/trained": 0.0})
 
     def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
         return rows_of(rollout, *draw_steps(self.sampling.steps, self.config, generator))
@@ -116,6 +119,7 @@ class DRTune(Direct[DRTuneConfig]):
         loss = judged(clean, items, self.sampling, self.config.hinge)
         metrics = {**loss.metrics, "drtune/trained": float(len(items.trained))}
         if not self.config.reference_weight:
-            return Loss(loss.value, metrics)
+            return replace(loss, metrics=metrics)
         distance = F.mse_loss(clean, reference)
-        return Loss(loss.value + self.config.reference_weight * distance, {**metrics, "reference/distance": distance.item()})
+        metrics["reference/distance"] = distance.item()
+        return replace(loss, value=loss.value + self.config.reference_weight * distance, metrics=metrics)

@@ -9,6 +9,9 @@ What differs: the paper adds the pre-training loss on image-text pairs, which ne
 max(0, 2 - r), here `hinge: 2`, times 1e-3, which AdamW does not notice. `window` 0.75 .. 1 is the package's: of 40 steps it
 draws one of 30 .. 39.
 
+A late step of a grid whose last one is nearly empty, as the flow schedulers' is (from t = 0.001 to 0), says next to nothing of
+the reward; `rollouts.spacing: even` gives the last step 1/T.
+
 Axes: B images, T solver steps, counted from the noise, 0 .. T-1.
 """
 

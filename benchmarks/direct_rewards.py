@@ -1,7 +1,7 @@
 """Direct reward tuning compared: DRTune, ReFL, DRaFT-1, DRaFT-LV and AlignProp on the glyph teacher.
 
     python benchmarks/direct_rewards.py [--quick] [--budget N] [--seeds N] [--solver-steps T]
-                                        [--captions SET] [--captions-number N]
+                                        [--own-steps] [--lr LR] [--captions SET] [--captions-number N] [--updates N]
                                         [--rewards NAME ...] [--methods NAME ...] [--figure FILE.png] [--threads N]
 
 Every method gets the same number of network evaluations, with gradient or without, what is computed again in the backward
@@ -10,11 +10,15 @@ pictures of captions that were never trained on. Prints reward against network e
 last one JSON line, {reward: {method: [final held-out value of each seed]}}. --figure draws the curves.
 --quick: one seed and a small budget, below 3 minutes.
 
-Two more columns tell how the reward was won:
+The table of the ends also tells how the reward was won:
 
-* "late steps alone": the same pictures with the adapter on in those solver steps only that a shallow method trains (ReFL the
-  last quarter, DRaFT the last step) and the frozen teacher in all earlier ones. A LoRA has no time of its own: what is learned
-  at late steps acts at early ones too, and this takes that away.
+* "updates": what the evaluations bought. Methods differ in what an update costs: DRTune and ReFL stop early, DRaFT-LV
+  evaluates its last step again, AlignProp computes its steps again.
+* "after N updates": the held-out value when each method has had as many updates, whatever they cost.
+* "late steps alone": the pictures with the adapter on in those solver steps only that a shallow method trains (ReFL the last
+  quarter, DRaFT the last step) and the frozen teacher in all earlier ones. A LoRA has no time of its own: what is learned at
+  late steps acts at early ones too, and this takes that away. With --own-steps the adapter of a shallow method is off in all
+  other steps while it is trained and evaluated, too.
 * "glyph_match": how much of its caption a picture still shows, which nobody trained.
 """
 
@@ -67,6 +71,10 @@ class Point:
 @dataclass(frozen=True)
 class Run:
     curve: list[Point]
+    updates: int
+    """the budget paid for"""
+    after_updates: float
+    """held out, after --updates of them"""
     glyph_match: float
     late_alone: float | None
     """None for a method that trains all steps"""
@@ -98,27 +106,34 @@ def experiment(reward: str, method: str, seed: int, given: argparse.Namespace) -
                 "heldout_number": given.captions_number,
             },
             "rewards": {"train": [REWARDS[reward]], "heldout": [{"name": "glyph_match"}]},
-            # Even times: the scheduler's own last step, from t = 0.001, would leave DRaFT nothing to train.
+            # Even times: the scheduler's own last step, from t = 0.001, has hardly an effect of its own.
             "rollouts": {"solver": "euler", "steps": given.solver_steps, "groups_per_step": 16, "spacing": "even"},
             "objective": METHODS[method],
-            "optimizer": {"lr": 2e-4},
+            "optimizer": {"lr": given.lr},
             "run": {"steps": 1_000_000, "threads": given.threads, "micro_batch": 16},
         }
     )
 
 
 def run(reward: str, method: str, seed: int, given: argparse.Namespace) -> Run:
-    """Train until the budget of network evaluations is spent; evaluations' own cost and time left out."""
+    """Train until the budget and the updates are spent; evaluations' own cost and time left out."""
     described = experiment(reward, method, seed, given)
     executor = InlineExecutor(described)
     train, heldout = read_prompts(described.prompts.train), read_prompts(described.prompts.heldout)
     groups = heldout_groups(heldout[: given.captions_number], seed)
+    drawer = executor.sampler.evaluator.worker
+    late = None
+    if method in FIRST_TRAINED:
+        first = min(round(FIRST_TRAINED[method] * given.solver_steps), given.solver_steps - 1)
+        late = LateAlone(drawer.generator, drawer.grid[first])
+        if given.own_steps:
+            drawer.generator = executor.trainer.counted.predict = late
 
     def heldout_means(adapter: str | None) -> dict[str, float]:
         return {label: scores.mean().item() for label, scores in executor.evaluate(groups, adapter).scores.items()}
 
     curve = [Point(0, 0.0, heldout_means(None)["total"])]
-    spent = 0.0
+    spent, updates, after_updates, matched, late_alone = 0.0, 0, 0.0, 0.0, None
     for step in count(1):
         started = time.perf_counter()
         prompts = prompts_of_step(train, step, described.rollouts.groups_per_step, seed)
@@ -126,18 +141,21 @@ def run(reward: str, method: str, seed: int, given: argparse.Namespace) -> Run:
         executor.publish(step)
         spent += time.perf_counter() - started
         nfe = sum(executor.network_evaluations())
-        if nfe >= len(curve) * given.budget / POINTS:
+        if step == given.updates:
+            after_updates = heldout_means("policy")["total"]
+        if len(curve) <= POINTS and nfe >= len(curve) * given.budget / POINTS:
             means = heldout_means("policy")
-            while nfe >= len(curve) * given.budget / POINTS:
+            while len(curve) <= POINTS and nfe >= len(curve) * given.budget / POINTS:
                 curve.append(Point(nfe, spent, means["total"]))
-            if nfe >= given.budget:
-                break
-    if method not in FIRST_TRAINED:
-        return Run(curve, means["glyph_match"], None)
-    worker = executor.sampler.evaluator.worker
-    first = min(round(FIRST_TRAINED[method] * given.solver_steps), given.solver_steps - 1)
-    worker.generator = LateAlone(worker.generator, worker.grid[first])
-    return Run(curve, means["glyph_match"], heldout_means("policy")["total"])
+            if len(curve) > POINTS:
+                updates, matched = step, means["glyph_match"]
+                if late is not None:
+                    everywhere, drawer.generator = drawer.generator, late
+                    late_alone = heldout_means("policy")["total"]
+                    drawer.generator = everywhere
+        if len(curve) > POINTS and step >= given.updates:
+            return Run(curve, updates, after_updates, matched, late_alone)
+    raise AssertionError
 
 
 def middle(values: Sequence[float], digits: int = 4) -> str:
@@ -174,6 +192,11 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=6000, help="network evaluations of a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--solver-steps", type=int, default=16, help="T")
+    parser.add_argument(
+        "--own-steps", action="store_true", help="adapters of shallow methods off in the steps they do not train"
+    )
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--updates", type=int, default=24, help="compare after so many, too")
     parser.add_argument("--captions", choices=["heldout", "tuning"], default="heldout", help="tuning: to choose settings by")
     parser.add_argument("--captions-number", type=int, default=48, help="two pictures each")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
@@ -183,6 +206,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.budget, given.seeds, given.captions_number = 1000, 1, 12
+        given.updates = 3
     torch.set_num_threads(given.threads)
     runs: dict[str, dict[str, list[Run]]] = defaultdict(dict)
     print("| reward | method | network evaluations | seconds | held-out, mean (range over seeds) |")
@@ -196,17 +220,23 @@ def main() -> None:
                     f"| {mean(point.seconds for point in points):.1f} | {middle([point.heldout for point in points])} |",
                     flush=True,
                 )
-    print("\n| reward | method | held-out at the end, mean (range) | late steps alone | glyph_match | seconds |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = f"held-out at the end | updates | after {given.updates} updates | late steps alone | glyph_match | seconds"
+    print(f"\n| reward | method | {columns} |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for reward, methods in runs.items():
         teacher = mean(one.curve[0].heldout for seeds in methods.values() for one in seeds)
-        print(f"| {reward} | teacher | {teacher:.4f} | | | |")
+        print(f"| {reward} | teacher | {teacher:.4f} | | | | | |")
         for method, seeds in methods.items():
             late = [one.late_alone for one in seeds if one.late_alone is not None]
-            print(
-                f"| {reward} | {method} | {middle([one.curve[-1].heldout for one in seeds])} | {middle(late) if late else ''} "
-                f"| {mean(one.glyph_match for one in seeds):.2f} | {mean(one.curve[-1].seconds for one in seeds):.0f} |"
-            )
+            cells = [
+                middle([one.curve[-1].heldout for one in seeds]),
+                f"{mean(one.updates for one in seeds):.0f}",
+                middle([one.after_updates for one in seeds]),
+                middle(late) if late else "-",
+                f"{mean(one.glyph_match for one in seeds):.2f}",
+                f"{mean(one.curve[-1].seconds for one in seeds):.0f}",
+            ]
+            print(f"| {reward} | {method} | {' | '.join(cells)} |")
     if given.figure:
         draw(runs, given.figure)
     ends = {

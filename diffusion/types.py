@@ -114,6 +114,8 @@ class Loss:
     value: Tensor
     """[] float, with gradient"""
     metrics: Mapping[str, float]
+    known: Mapping[str, int] = field(default_factory=dict)
+    """{metric: rows it is the mean of}, where that is not all of them"""
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from torch import Tensor
 
 from diffusion.types import Prompt, Scores
+from rewards.mixture import RewardError
 from rewards.registry import CODE
 from rewards.trl import blamed, from_trl_reward, numbers
 
@@ -67,6 +68,8 @@ class UserFunction:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable), blamed(self.label, self.called):
             given = self.function(images, [prompt.text for prompt in prompts], **meta)
         total = numbers(given, self.label, self.called, images)
+        if self.differentiable and images.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
+            raise RewardError(f"{self.label}: {self.called} is said to be differentiable, and its numbers have no gradient")
         return Scores(total, {self.label: total})
 
 

@@ -142,13 +142,14 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 def summary(name: str, lines: Lines) -> dict[str, str]:
     """What one row of the table says of a run."""
-    first, last = lines[0], lines[-1]
+    last = lines[-1]
+    rewards = [line["reward/total"] for line in lines if "reward/total" in line]
     row = {
         "run": name,
         "steps": str(last["step"]),
         "minutes": f"{last['seconds'] / 60:.1f}",
         "network evaluations": f"{last['nfe/rollout'] + last['nfe/train']:,}",
-        "reward": f"{first['reward/total']:.3f} -> {last['reward/total']:.3f}",
+        "reward": f"{rewards[0]:.3f} -> {rewards[-1]:.3f}" if rewards else "-",
     }
     evaluated = [line for line in lines if "heldout/total" in line]
     if evaluated:

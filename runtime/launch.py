@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from align import ALGORITHMS
 from generators import resolve, weights_hash
 from generators.outline import Outline
 from rewards.mixture import DROPPED
@@ -112,8 +113,13 @@ def plan(experiment: Experiment, executor: str, generator: Outline) -> str:
     rollouts, objective = experiment.rollouts, experiment.objective
     factor = guidance_evaluations(experiment.generator.guidance)
     images = rollouts.groups_per_step * objective.group_size
-    solve = evaluations(SOLVERS[rollouts.solver], torch.linspace(1, 0, rollouts.steps + 1)) * factor
+    solver, direct = SOLVERS[rollouts.solver], ALGORITHMS[objective.algorithm].direct
+    solve = images * evaluations(solver, torch.linspace(1, 0, rollouts.steps + 1)) * factor
     with_gradient = rollouts.groups_per_step * objective.gradient_evaluations(rollouts.steps) * factor
+    if direct:  # trains whole solver steps, others predictions
+        with_gradient *= solver.evaluations
+    reference = getattr(objective, "reference_weight", 0) > 0
+    without = solve + reference * (solve if direct else with_gradient)
     width = {"float32": 4, "bfloat16": 2}[experiment.generator.dtype]
     rank, layers = shape_of_adapter(experiment, generator)
     trained = len(adapter_names(experiment)) * rank * sum(sum(generator.linear[layer]) for layer in layers)
@@ -124,8 +130,8 @@ def plan(experiment: Experiment, executor: str, generator: Outline) -> str:
     return "\n".join(
         [
             yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-            f"# a step: {images} images, {images * solve:,} network evaluations without gradient and",
-            f"#   at most {with_gradient:,} with it",
+            f"# a step: {images} images, at most {without:,} network evaluations without gradient and",
+            f"#   {with_gradient:,} with it",
             f"# memory of each of {processes} processes: transformer {base:,.0f} MiB, text encoders and VAE "
             + (f"{others:,.0f} MiB," if others else "as much as their files,"),
             "#   libraries about 500 MiB, and the activations of a micro-batch;",
@@ -163,7 +169,9 @@ def reporter(steps: int) -> Iterator[Show]:
         left = (time.monotonic() - started) / (line["step"] - first + 1) * (steps - line["step"])
         if "heldout/total" in line:
             heldout = f"  held-out {line['heldout/total']:.3f} (teacher {line['heldout/base/total']:.3f})"
-        return f"step {line['step']}/{steps}  reward {line['reward/total']:.3f}{heldout}  {left:.0f} s left"
+        # A step in which nothing could be trained says nothing of the reward.
+        reward = f"{line['reward/total']:.3f}" if "reward/total" in line else "-"
+        return f"step {line['step']}/{steps}  reward {reward}{heldout}  {left:.0f} s left"
 
     def warn(line: Mapping[str, Any], say: Callable[[str], None]) -> None:
         for name, share in line.items():

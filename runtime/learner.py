@@ -28,7 +28,7 @@ class Counted:
     """A network that counts its evaluations, one for each sample: with gradient, and without."""
 
     def __init__(self, predict: Predict) -> None:
-        self._predict = predict
+        self.predict = predict
         self.with_gradient = 0
         self.without = 0
 
@@ -37,7 +37,7 @@ class Counted:
             self.with_gradient += len(x)
         else:
             self.without += len(x)
-        return self._predict(x, t, condition, adapter)
+        return self.predict(x, t, condition, adapter)
 
 
 class Learner:
@@ -99,7 +99,7 @@ class Learner:
             self.memory.enter("backward")
             (loss.value * (len(rows) / len(items) / self.config.accumulation)).backward()
             for key, value in {"loss": loss.value.item(), **loss.metrics}.items():
-                found.setdefault(key, []).append((len(rows), value))
+                found.setdefault(key, []).append((loss.known.get(key, len(rows)), value))
         metrics = {key: _reduce(key, values) for key, values in found.items()}
         parameters = self._parameters(player)
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -145,7 +145,10 @@ class RayExecutor:
         return joined_batch(ray.get([seen for seen, _ in results]), [payload for _, payload in results])
 
     def update(self, step: int, batch: Batch) -> dict[str, float]:
-        return ray.get(self._trainer.update.remote(step, *batch.payload))
+        try:
+            return ray.get(self._trainer.update.remote(step, *batch.payload))
+        except RayTaskError as error:
+            raise as_reward_error(error) from None
 
     def publish(self, version: int) -> None:
         # Returned by the learner, not put by it, so that the controller owns it and it outlives the learner.
@@ -177,9 +180,7 @@ class RayExecutor:
                     ray.get(reference[0] if returns == 2 else reference, timeout=max(0.0, deadline - time.monotonic()))
                     done[i] = reference
                 except RayTaskError as error:
-                    if isinstance(error.cause, RewardError):  # its text alone, not the worker's traceback around it
-                        raise RewardError(str(error.cause)) from None
-                    raise
+                    raise as_reward_error(error) from None
                 except RayActorError as error:
                     last = error
                 except GetTimeoutError as error:
@@ -273,6 +274,11 @@ def node_with(env: str) -> str:
                 return node["NodeID"]
             problems.append(f"{node['NodeManagerAddress']}: {problem}")
     raise InputError(f"env {env!r}: no node can use it: {'; '.join(problems)}")
+
+
+def as_reward_error(error: RayTaskError) -> Exception:
+    """What a reward said, without the worker's traceback around it; any other error as it is."""
+    return RewardError(str(error.cause)) if isinstance(error.cause, RewardError) else error
 
 
 def gpus_of_a_process(device: str, processes: int) -> float:

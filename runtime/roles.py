@@ -367,7 +367,9 @@ class Trainer:
     def judge(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Decoder and trained rewards, with gradient; latents [B, ...] -> Scores over B."""
         self.memory.enter("reward")
-        return self.reward(self.generator.decode(latents), prompts)
+        scores = self.reward(self.generator.decode(latents), prompts)
+        self.memory.enter("forward")
+        return scores
 
     def update(self, step: int, sampled: Sequence[Sampled]) -> dict[str, float]:
         """One training step, numbered from 1, on groups in their order."""

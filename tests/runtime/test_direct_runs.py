@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import SOLVERS, Prompt, integrate
+from diffusion import SOLVERS, Prompt, Rollout, Trajectory, integrate
 from generators import load
+from rewards.mixture import RewardError
 from runtime.checks import check_inputs
+from runtime.compare import summary
 from runtime.config import InputError, read_experiment
-from runtime.launch import plan
+from runtime.launch import plan, reporter
 from runtime.roles import Trainer
 from tests.runtime.test_run import QUICKSTART, SMALL, adapter, go
 
@@ -61,20 +63,76 @@ def test_it_learns_and_says_what_it_did(run):
     assert "heldout/contrast" in second
 
 
+class Cut(Exception):
+    pass
+
+
+def cut_at(step):
+    def show(line):
+        if line["step"] == step:
+            raise Cut
+
+    return show
+
+
 def test_a_cut_run_continues_bit_for_bit(run, tmp_path):
     name, whole = run
-
-    class Cut(Exception):
-        pass
-
-    def cut(line):
-        raise Cut
-
     with pytest.raises(Cut):
-        go(direct(name), tmp_path / "cut", show=cut)
+        go(direct(name), tmp_path / "cut", show=cut_at(1))
     folder, _ = go(direct(name), tmp_path / "cut")
     assert lines(folder) == lines(whole)
     assert adapter(folder, 2) == adapter(whole, 2)
+
+
+def test_with_guidance_an_average_and_accumulated_gradients_it_continues_bit_for_bit_too(tmp_path):
+    def experiment():
+        knobs = ["generator.guidance=2", "optimizer.ema=0.9", "optimizer.accumulation=2", "run.steps=3"]
+        return read_experiment(QUICKSTART, [*COMMON, "objective={algorithm: refl, detach_negative: true}", *knobs])
+
+    whole, _ = go(experiment(), tmp_path / "whole")
+    with pytest.raises(Cut):
+        go(experiment(), tmp_path / "cut", show=cut_at(1))
+    folder, _ = go(experiment(), tmp_path / "cut")
+    assert lines(folder) == lines(whole)
+    assert adapter(folder, 3) == adapter(whole, 3)
+    first, second, third = whole.metrics()
+    assert first["adapter_norm"] != second["adapter_norm"] == third["adapter_norm"], "the optimiser moves at step 2 alone"
+    assert first["nfe/train"] == 5, "the negative branch has no gradient"
+
+
+def test_a_step_that_trains_nothing_is_a_step_and_continues_bit_for_bit(tmp_path, capsys):
+    """K = 1 drawn over the full range: where the one step comes after the stop it is not executed."""
+    experiment = direct("drtune", "objective={algorithm: drtune, train_steps: 1, early_stop: 1.0}", "run.steps=5", "seed=2")
+    with reporter(5) as show:
+        whole, _ = go(experiment, tmp_path / "whole", show=show)
+    trained = [line["drtune/trained"] for line in whole.metrics()]
+    assert set(trained) == {0.0, 1.0}
+    for line in whole.metrics():
+        assert ("reward/total" in line) == (line["drtune/trained"] == 1)
+        assert (line["grad_norm"] > 0) == (line["drtune/trained"] == 1)
+    assert "reward -" in capsys.readouterr().out
+    with pytest.raises(Cut):
+        go(experiment, tmp_path / "cut", show=cut_at(1 + trained.index(0.0)))
+    folder, _ = go(experiment, tmp_path / "cut")
+    assert lines(folder) == lines(whole)
+    rewards = [line["reward/total"] for line in whole.metrics() if "reward/total" in line]
+    assert summary("one", whole.metrics())["reward"] == f"{rewards[0]:.3f} -> {rewards[-1]:.3f}"
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(images, prompts, **meta):\n    return [0.0] * len(prompts)\n")
+    reward = f"rewards.train=[{{name: 'python:{file}:mine', differentiable: true}}]"
+    experiment = read_experiment(QUICKSTART, [*COMMON, f"objective={METHODS['draft']}", reward], allow_code=True)
+    roles = None
+    if executor == "ray":
+        from runtime.remote import RayExecutor
+
+        roles = RayExecutor(experiment)
+    with pytest.raises(RewardError) as caught:
+        go(experiment, tmp_path / "run", roles)
+    assert str(caught.value) == f"mine: python:{file}:mine is said to be differentiable, and its numbers have no gradient"
 
 
 def test_ray_changes_nothing(tmp_path):
@@ -99,21 +157,39 @@ def test_micro_batches_change_rounding_alone(tmp_path):
     assert a["nfe/train"] == b["nfe/train"] == 10
 
 
-def test_what_is_scored_is_the_sampler_s_own_picture():
+@pytest.mark.parametrize("name", ["draft_k", "alignprop"])
+def test_what_is_scored_is_the_sampler_s_own_picture(name):
     """Without early stop the judged image is the one that a plain solve of the trained policy draws."""
-    experiment = direct("draft")
-    trainer, generator = Trainer(experiment), load("embedded:glyphs")
+    trainer, generator = Trainer(direct(name)), load("embedded:glyphs")
+    with torch.no_grad():
+        for parameter in trainer.generator.adapters.parameters("policy"):
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    texts = ["a red circle", "a blue seven"]
     noise = torch.randn(2, *generator.latent_shape(), generator=torch.Generator().manual_seed(0))
-    condition = generator.encode(["a red circle", "a blue seven"])
+    condition, grid = generator.encode(texts), generator.time_grid(3)
     solve = integrate(
-        lambda x, t: generator(x, t, condition, None), noise, generator.time_grid(3), generator.path, SOLVERS["dpmpp_2m"]
+        lambda x, t: trainer.generator(x, t, condition, "policy"), noise, grid, generator.path, SOLVERS["dpmpp_2m"]
     )
-    sampling = trainer.objective.sampling
-    assert torch.equal(sampling.grid, generator.time_grid(3))
-    assert sampling.solver is SOLVERS["dpmpp_2m"]
-    scores = sampling.judge(solve.x[:, -1], [Prompt("1", "a"), Prompt("2", "b")])
-    images = generator.decode(solve.x[:, -1])
-    assert scores.total.tolist() == pytest.approx((1 - (images - images.flip(3)).abs().mean((1, 2, 3))).tolist(), abs=1e-5)
+    images = generator.decode(solve.x[:, -1]).detach()
+    start = Rollout(
+        prompts=[Prompt("1", texts[0]), Prompt("2", texts[1])],
+        group=torch.arange(2),
+        seeds=torch.arange(2),
+        condition=condition,
+        trajectory=Trajectory(noise.unsqueeze(1), grid[:1]),
+        images=torch.zeros(0, 3, 0, 0),
+        policy_version=0,
+    )
+    objective, predict = trainer.objective, trainer.learner.predict
+    items = objective.items(start, None, predict, generator.path, torch.Generator().manual_seed(0))
+    loss = objective.loss("policy", items, predict, generator.path)
+    symmetric = (1 - (images - images.flip(3)).abs().mean()).item()
+    assert loss.metrics["reward/total"] == pytest.approx(symmetric, abs=1e-5)
+    assert loss.value.item() == pytest.approx(-symmetric, abs=1e-5)
+    drawn = generator.decode(
+        integrate(lambda x, t: generator(x, t, condition, None), noise, grid, generator.path, SOLVERS["dpmpp_2m"]).x[:, -1]
+    )
+    assert (drawn - images).abs().mean() > 0.01, "the adapter matters"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +235,14 @@ def test_wrong_knobs(objective, words):
 def test_the_plan_counts_evaluations_with_gradient():
     experiment = direct("drtune")
     _, _, generator = check_inputs(experiment, "inline")
-    assert "at most 10 with it" in plan(experiment, "inline", generator)
+
+    def said(*overrides):
+        return plan(direct("drtune", *overrides), "inline", generator)
+
+    assert "at most 30 network evaluations without gradient and\n#   10 with it" in said()
+    assert "at most 50 network evaluations without gradient and\n#   20 with it" in said("rollouts.solver=heun")
+    assert "at most 60 network evaluations without gradient and\n#   20 with it" in said("generator.guidance=2")
+    assert "at most 15 network evaluations without gradient" in said("objective.reference_weight=0")
 
 
 def test_the_peak_is_that_of_the_phase():

@@ -88,6 +88,19 @@ def test_micro_batches_add_up_to_the_whole(micro_batch):
     assert metrics["adapter_norm"] == pytest.approx(0.9 * 2**0.5)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 64])
+def test_a_metric_of_some_rows_counts_for_these_alone(micro_batch):
+    class Known(MeanPrediction):
+        def loss(self, player, items, predict, path):
+            loss, few = super().loss(player, items, predict, path), items.x[items.x > 2]
+            means = {"few": few.mean().item()} if len(few) else {}
+            return Loss(loss.value, means, {"few": len(few)})
+
+    one = learner(micro_batch=micro_batch)
+    one.objective = Known()
+    assert one.update(1, ROWS)["few"] == pytest.approx(17 / 3)
+
+
 def test_without_items_nothing_moves():
     one = learner()
     metrics = one.update(1, ROWS[:0])
