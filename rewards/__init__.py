@@ -28,6 +28,32 @@ trl.py            TRL's reward functions as ours, and ours as TRL's
 Scorers take seconds to import, so this package re-exports only what needs none of them.
 """
 
-from rewards.registry import CODE, REWARDS, Elsewhere, Entry, build, check, differentiable, is_code, knobs, resolve, scorer
+from rewards.registry import (
+    CODE,
+    REWARDS,
+    Elsewhere,
+    Entry,
+    build,
+    check,
+    check_prompts,
+    differentiable,
+    is_code,
+    knobs,
+    resolve,
+    scorer,
+)
 
-__all__ = ["CODE", "REWARDS", "Elsewhere", "Entry", "build", "check", "differentiable", "is_code", "knobs", "resolve", "scorer"]
+__all__ = [
+    "CODE",
+    "REWARDS",
+    "Elsewhere",
+    "Entry",
+    "build",
+    "check",
+    "check_prompts",
+    "differentiable",
+    "is_code",
+    "knobs",
+    "resolve",
+    "scorer",
+]

@@ -69,6 +69,10 @@ class GlyphMatch:
 
     differentiable = False
 
+    @staticmethod
+    def check_prompt(prompt: Prompt) -> None:
+        parse(prompt.text)
+
     def __init__(self, label: str = "glyph_match") -> None:
         self.label = label
 

@@ -78,6 +78,11 @@ class OCR:
         compat.check_installed("ocr", OCR.packages)
         _models(weights)
 
+    @staticmethod
+    def check_prompt(prompt: Prompt) -> None:
+        if not asked_for(prompt):
+            raise ValueError(f"asks for no text; allowed are words in quotation marks, or a column {COLUMN}")
+
     def __init__(self, weights: str = "", min_confidence: float = 0.0, shortest_side: int = 736, label: str = "ocr") -> None:
         """Raises ValueError unless the packages and their networks are there, and `weights` is such a recogniser."""
         self.label = label
@@ -85,13 +90,12 @@ class OCR:
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for a prompt that asks for no text."""
+        for prompt in prompts:
+            try:
+                self.check_prompt(prompt)
+            except ValueError as error:
+                raise RewardError(f"reward {self.label}, prompt {prompt.text!r}: {error}") from None
         asked = [asked_for(prompt) for prompt in prompts]
-        for prompt, text in zip(prompts, asked, strict=True):
-            if not text:
-                raise RewardError(
-                    f"reward {self.label}, prompt {prompt.text!r}: asks for no text; allowed are words in quotation marks, "
-                    f"or a column {COLUMN}"
-                )
         pictures = (images.detach() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         values = [closeness(plain(self.read(picture)), text) for picture, text in zip(pictures, asked, strict=True)]
         total = torch.tensor(values, dtype=torch.float32, device=images.device)

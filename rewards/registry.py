@@ -7,7 +7,7 @@ A scorer is a final class that implements `RewardModel` and is constructed from 
 and its knobs. It describes the knobs in a pydantic model `Config` inside the class; a scorer without knobs has none.
 `check(**knobs)`, a static method where there is something to check, raises ValueError if what the scorer would load is not
 there; it may ask the hub, and downloads nothing. `bounds` is the lowest and the highest score it can give; a scorer that does
-not state them keeps to [0, 1].
+not state them keeps to [0, 1]. `check_prompt(prompt)`, static too, raises ValueError for a prompt it can make nothing of.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 if TYPE_CHECKING:
+    from diffusion.types import Prompt
     from rewards.mixture import Mixture
 
 REWARDS = {
@@ -134,6 +135,22 @@ def check(entries: Sequence[Mapping[str, Any]]) -> None:
             import_module("rewards.over_http").Client(entry["server"], entry["name"])
         elif entry.get("env") is None and hasattr(kind := scorer(entry["name"]), "check"):
             kind.check(**own_knobs(entry))
+
+
+def check_prompts(entries: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
+    """Can the scorers make sense of the prompts? Loads nothing; raises ValueError for the first prompt that one cannot.
+
+    Not asked: scorers behind a server, and those whose failures only drop a group.
+    """
+    for entry in entries:
+        if entry.get("server") is not None or entry.get("on_error") == "drop_group":
+            continue
+        kind = scorer(entry["name"])
+        for prompt in prompts if hasattr(kind, "check_prompt") else ():
+            try:
+                kind.check_prompt(prompt)
+            except ValueError as error:
+                raise ValueError(f"reward {entry['label']}, prompt {prompt.text!r}: {error}") from None
 
 
 Elsewhere = Callable[[Mapping[str, Any]], Any]

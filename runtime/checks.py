@@ -17,7 +17,7 @@ from generators import download, outline
 from generators.lora_file import read_lora
 from generators.outline import Outline
 from generators.targets import SHORT_NAMES, match
-from rewards import CODE, REWARDS, differentiable, is_code, scorer
+from rewards import CODE, REWARDS, check_prompts, differentiable, is_code, scorer
 from rewards.weights import hub_revision, is_on_hub
 from rollouts.prompts import read_prompts
 from runtime.config import Experiment, InputError
@@ -43,6 +43,9 @@ def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], l
     with _blamed("rewards"):
         check_rewards(located([*experiment.rewards.train, *experiment.rewards.heldout]))
         check_gradient(experiment)
+        check_prompts(experiment.rewards.train, train)
+        watched = [*experiment.rewards.train, *experiment.rewards.heldout]
+        check_prompts(watched, heldout[: experiment.prompts.heldout_number])
     with _blamed("generator"):
         generator = outline(section.weights, section.family)
         generator.latent_shape(section.height, section.width)

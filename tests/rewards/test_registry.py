@@ -93,3 +93,14 @@ def test_a_clip_wraps_the_scorer_and_must_be_a_range():
     mixture = rewards.build(rewards.resolve([{"name": "brightness", "clip": [0.2, 0.5]}]))
     assert mixture(torch.ones(1, 3, 4, 4), [Prompt("1", "x")]).total.item() == 0.5
     assert "[0.5, 0.2] is no range" in refused({"name": "brightness", "clip": [0.5, 0.2]})
+
+
+def test_prompts_are_checked_by_the_scorers_that_would_read_them():
+    prompts = [Prompt("1", "a red circle"), Prompt("2", "a portrait of a cat")]
+    rewards.check_prompts(rewards.resolve([{"name": "symmetry"}]), prompts)
+    rewards.check_prompts(rewards.resolve([{"name": "glyph_match"}]), prompts[:1])
+    rewards.check_prompts(rewards.resolve([{"name": "glyph_match", "on_error": "drop_group"}]), prompts)
+    with pytest.raises(ValueError, match="reward wish, prompt 'a portrait of a cat': "):
+        rewards.check_prompts(rewards.resolve([{"name": "symmetry"}, {"name": "glyph_match", "label": "wish"}]), prompts)
+    with pytest.raises(ValueError, match="reward ocr, prompt 'a red circle': asks for no text"):
+        rewards.check_prompts(rewards.resolve([{"name": "ocr"}]), prompts)

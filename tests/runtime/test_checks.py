@@ -28,13 +28,17 @@ QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
         ("run.device=cuda:3", "run: device 'cuda:3': this torch sees no GPU here"),
         ("prompts.train=no/such.txt", "no/such.txt"),
         ("prompts.heldout=ONE", "has one prompt; at least 2 are needed"),
+        ("prompts.train=OTHER", "rewards: reward glyph_match, prompt 'a portrait of a cat': "),
+        ("prompts.heldout=OTHER", "rewards: reward glyph_match, prompt 'a portrait of a cat': "),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_it(override, words, tmp_path, monkeypatch):
     monkeypatch.setattr("runtime.tracking.find_spec", lambda name: None if name == "wandb" else name)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "one.txt").write_text("a red circle")
-    experiment = read_experiment(QUICKSTART, [override.replace("ONE", str(tmp_path / "one.txt"))])
+    (tmp_path / "other.txt").write_text("a red circle\na portrait of a cat")
+    override = override.replace("ONE", str(tmp_path / "one.txt")).replace("OTHER", str(tmp_path / "other.txt"))
+    experiment = read_experiment(QUICKSTART, [override])
     with pytest.raises(InputError) as caught:
         check_inputs(experiment, "inline")
     assert words in str(caught.value)
