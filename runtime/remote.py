@@ -157,7 +157,7 @@ class RayExecutor:
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
         parts = split(groups, len(self._samplers), self._units["evaluation"])
         results = self._on_samplers("evaluate", [(part, adapter, self._version, [self._weights]) for part in parts], returns=1)
-        return joined_evaluated([from_store(part) for part in ray.get(results)], [len(part) for part in parts])
+        return joined_evaluated([from_store(part) for part in ray.get(results)])
 
     def _on_samplers(self, method: str, calls: Sequence[tuple[Any, ...]], returns: int) -> list[Any]:
         """One call a sampler; those whose sampler died, or was killed at the deadline, are made again on the next one.
@@ -313,12 +313,11 @@ def joined_batch(seen: Sequence[Batch], payload: Sequence[Any]) -> Batch:
     )
 
 
-def joined_evaluated(parts: Sequence[Evaluated], groups: Sequence[int]) -> Evaluated:
-    """Results of several samplers; diversity is a mean over groups, all of one size."""
-    whole = sum(groups)
+def joined_evaluated(parts: Sequence[Evaluated]) -> Evaluated:
+    """Results of several samplers."""
     return Evaluated(
         scores={key: torch.cat([part.scores[key] for part in parts]) for key in parts[0].scores},
-        diversity=sum(part.diversity * number for part, number in zip(parts, groups, strict=True)) / whole,
+        distances=torch.cat([part.distances for part in parts]),
         pictures=torch.cat([part.pictures for part in parts])[:SHOWN],
         nfe=sum(part.nfe for part in parts),
     )

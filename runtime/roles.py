@@ -75,24 +75,31 @@ class Evaluated:
 
     scores: dict[str, Tensor]
     """{total or label: [B]}"""
-    diversity: float
-    """mean pairwise distance inside a group"""
+    distances: Tensor
+    """[P] mean pairwise distance inside each group"""
     pictures: Tensor
     """[at most SHOWN, H, W, 3] uint8, the first one of each of the first prompts: the only ones anybody looks at"""
     nfe: int
 
+    @property
+    def diversity(self) -> float:
+        return self.distances.mean().item()
+
     def save(self, file: Path) -> None:
         """As safetensors."""
-        tensors = {f"scores/{name}": values for name, values in self.scores.items()} | {"pictures": self.pictures}
-        save_file(tensors, file, metadata={"diversity": repr(self.diversity), "nfe": str(self.nfe)})
+        scores = {f"scores/{name}": values for name, values in self.scores.items()}
+        tensors = {**scores, "distances": self.distances, "pictures": self.pictures}
+        save_file(tensors, file, metadata={"nfe": str(self.nfe)})
 
     @classmethod
     def load(cls, file: Path) -> Evaluated:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata()
-        scores = {key.removeprefix("scores/"): values for key, values in tensors.items() if key != "pictures"}
-        return cls(scores, float(metadata["diversity"]), tensors["pictures"], int(metadata["nfe"]))
+        scores = {key.removeprefix("scores/"): values for key, values in tensors.items() if key.startswith("scores/")}
+        if "distances" not in tensors:  # a run from before they were kept: their mean stands for them
+            tensors["distances"] = torch.tensor([float(metadata["diversity"])])
+        return cls(scores, tensors["distances"], tensors["pictures"], int(metadata["nfe"]))
 
 
 def evaluated_adapter(experiment: Experiment) -> str:
@@ -247,7 +254,7 @@ class Evaluator:
             scores |= in_batches(self.watched, rollout, self.worker.micro_batch).parts
         return Evaluated(
             scores={name: value.cpu() for name, value in scores.items()},
-            diversity=diversity(self._features(rollout.images), IMAGES_PER_PROMPT),
+            distances=distances(self._features(rollout.images), IMAGES_PER_PROMPT).cpu(),
             pictures=pixels(rollout.images[::IMAGES_PER_PROMPT][:SHOWN]),
             nfe=len(rollout.images) * self.worker.nfe,
         )
@@ -320,11 +327,11 @@ def paired(result: Tensor, teacher: Tensor) -> tuple[float, float]:
     return per_prompt.mean().item(), (per_prompt.std() / len(per_prompt) ** 0.5).item()
 
 
-def diversity(features: Tensor, group_size: int) -> float:
-    """Mean Euclidean distance between two different members of a group: features [B, D], whole groups one after the other."""
+def distances(features: Tensor, group_size: int) -> Tensor:
+    """Mean Euclidean distance between two members of a group: features [B, D], whole groups one after the other -> [P]."""
     members = features.unflatten(0, (-1, group_size))
     one, other = torch.triu_indices(group_size, group_size, offset=1)
-    return (members[:, one] - members[:, other]).norm(dim=-1).mean().item()
+    return (members[:, one] - members[:, other]).norm(dim=-1).mean(dim=1)
 
 
 class Trainer:

@@ -141,10 +141,7 @@ def test_ray_changes_nothing(tmp_path):
     experiment = direct("drtune", "rollouts.workers=2", "run.micro_batch=4")
     inline, _ = go(experiment, tmp_path / "inline")
     ray, _ = go(experiment, tmp_path / "ray", RayExecutor(experiment))
-    for one, other in zip(lines(inline), lines(ray), strict=True):
-        assert one.keys() == other.keys()
-        # Of diversity each worker sends the mean of its groups, so its last bits hang on who drew what.
-        assert {k for k in one if one[k] != other[k]} <= {"diversity", "diversity/base", "watch/diversity"}
+    assert lines(inline) == lines(ray)
     assert adapter(inline, 2) == adapter(ray, 2)
 
 

@@ -7,12 +7,13 @@ from runtime.loop import heldout_metrics
 from runtime.roles import Evaluated
 from runtime.watch import suspicions, watch_metrics
 
+ALIKE = torch.ones(1)
 NOTHING = torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
 SPREAD = torch.tensor([1.0, 3.0]).repeat(8)  # 8 prompts, standard deviation 1.033
 
 
 def evaluated(total, other, diversity):
-    return Evaluated({"total": SPREAD + total, "other": SPREAD + other}, diversity, NOTHING, 0)
+    return Evaluated({"total": SPREAD + total, "other": SPREAD + other}, diversity * ALIKE, NOTHING, 0)
 
 
 def said(total=0.0, other=0.0, diversity=1.0, **limits):
@@ -64,14 +65,14 @@ def test_a_fall_that_may_be_chance_is_none():
 
 
 def test_scores_that_do_not_vary_are_not_watched():
-    teacher = Evaluated({"total": SPREAD, "same": torch.ones(16)}, 0.0, NOTHING, 0)
+    teacher = Evaluated({"total": SPREAD, "same": torch.ones(16)}, 0 * ALIKE, NOTHING, 0)
     assert watch_metrics(teacher, teacher, {"total"}) == {}
 
 
 def test_what_has_no_score_on_either_side_counts_on_neither():
     nan = torch.nan
-    teacher = Evaluated({"total": torch.tensor([1.0, 2.0, 3.0, nan, 5.0, 6.0]), "other": SPREAD[:6]}, 1.0, NOTHING, 0)
-    result = Evaluated({"total": torch.tensor([2.0, 3.0, nan, 9.0, 5.0, 6.0]), "other": SPREAD[:6] * nan}, 1.0, NOTHING, 0)
+    teacher = Evaluated({"total": torch.tensor([1.0, 2.0, 3.0, nan, 5.0, 6.0]), "other": SPREAD[:6]}, ALIKE, NOTHING, 0)
+    result = Evaluated({"total": torch.tensor([2.0, 3.0, nan, 9.0, 5.0, 6.0]), "other": SPREAD[:6] * nan}, ALIKE, NOTHING, 0)
     line = heldout_metrics(result, teacher)
     assert line["heldout/total"] == 4.0
     assert line["heldout/base/total"] == 3.5
@@ -79,7 +80,7 @@ def test_what_has_no_score_on_either_side_counts_on_neither():
     assert line["heldout/total_se"] == pytest.approx(0.5), "of 1 and 0; one prompt has no pair"
     assert "heldout/other" not in line
     assert watch_metrics(result, teacher, {"total"}) == {"watch/diversity": 0.0}
-    one = Evaluated({"total": torch.tensor([2.0, 3.0, nan, nan])}, 1.0, NOTHING, 0)
+    one = Evaluated({"total": torch.tensor([2.0, 3.0, nan, nan])}, ALIKE, NOTHING, 0)
     assert "heldout/total_se" not in heldout_metrics(one, one)
     with pytest.raises(RewardError, match="no held-out picture has a score"):
-        heldout_metrics(result, Evaluated({**teacher.scores, "total": torch.full((6,), nan)}, 1.0, NOTHING, 0))
+        heldout_metrics(result, Evaluated({**teacher.scores, "total": torch.full((6,), nan)}, ALIKE, NOTHING, 0))
