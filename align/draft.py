@@ -10,8 +10,8 @@ paper adds them up, which AdamW does not notice. With K > 1 every network's acti
 (the paper checkpoints, too), so memory grows by a state and not by a network for each step.
 
 A grid whose last step is nearly empty, as the flow schedulers' is (from t = 0.001 to 0), asks K = 1 for what that step cannot
-do: all it changes arrives in the image multiplied by 0.001. AdamW, which divides by the gradient's size, moves all the same, and
-the adapter, which acts at all times, then changes the image at earlier steps. `rollouts.spacing: even` gives the last step 1/T.
+do: all it changes arrives in the image multiplied by 0.001. AdamW, which divides by the gradient's size, moves all the same,
+and the adapter, which acts at all times, then changes the image at earlier steps. `rollouts.spacing: even` ends with 1/T.
 
 Axes: B images, T solver steps, counted from the noise, 0 .. T-1; K of them trained, n more noises.
 """

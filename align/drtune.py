@@ -51,7 +51,8 @@ class DRTuneConfig(DirectConfig):
         "full", description="K steps drawn over the full range (the paper, by LeapAlign) or inside the executed prefix (FlowBP)"
     )
     hinge: float | None = Field(
-        None, description="lambda of max(0, lambda - r); null: -r, the paper's. LeapAlign: 0.55 for HPSv2.1"
+        None,
+        description="lambda of max(0, lambda - r), above which nothing is trained; null: -r, the paper's. LeapAlign: 0.55, HPSv2.1",
     )
     reference_weight: float = Field(
         0.0, ge=0, description="of the mean squared distance to the frozen network's clean prediction from the same noise; ours"
@@ -69,7 +70,8 @@ class DRTuneConfig(DirectConfig):
         """Raises ValueError if a T-step solve has too few steps to train."""
         executed = steps if self.draw == "full" else steps - self.last(steps) + 1
         if self.train_steps > executed:
-            raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {executed} with {steps} solver steps")
+            which = "" if self.draw == "full" else f", of which early_stop {self.early_stop} may leave no more to draw from"
+            raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {executed} with {steps} solver steps{which}")
 
 
 def equally_spaced(first: int, number: int, among: int) -> tuple[int, ...]:

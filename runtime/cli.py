@@ -34,6 +34,9 @@ def main() -> NoReturn:
             print(f"odeon: {error}", file=sys.stderr)
             sys.exit(2)
         raise
+    except FloatingPointError as error:  # the learner's, of a loss or gradient that is not finite
+        print(f"odeon: {error}", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError as error:
         if _is_reward_error(error):
             print(f"odeon: {error}", file=sys.stderr)

@@ -324,7 +324,8 @@ def _one_line(error: ErrorDetails, section: type[Section]) -> str:
     key, message, value = ".".join(map(str, location)), error["msg"].removeprefix("Value error, "), error["input"]
     match error["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key{nearest(str(location[-1]), _keys_at(location[:-1], section))}"
+            known = _keys_at(error["loc"][:-1], section)
+            return f"{key}: unknown key{nearest(str(location[-1]), known)}"
         case "missing":
             return f"{key}: missing"
         case "union_tag_invalid" | "union_tag_not_found" | "literal_error" if location in (
@@ -347,5 +348,5 @@ def _keys_at(location: Sequence[int | str], section: type[Section]) -> list[str]
     if not location:
         return list(section.model_fields)
     if location[0] == "objective":
-        return sorted({key for algorithm in ALGORITHM_MODELS.values() for key in algorithm.model_fields})
+        return sorted(ALGORITHM_MODELS[str(location[1])].model_fields)
     return list(section.model_fields[str(location[0])].annotation.model_fields)  # type: ignore[union-attr]

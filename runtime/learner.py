@@ -105,7 +105,10 @@ class Learner:
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = total_norm.item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}, {player}: loss {metrics['loss']}, gradient norm {norm}")
+            raise FloatingPointError(
+                f"step {step}, {player}: loss {metrics['loss']}, gradient norm {norm}; nothing was changed by it. "
+                "Look at the rewards' gradients, the learning rate and the dtype"
+            )
         self.waiting[player] += 1
         if self.waiting[player] == self.config.accumulation:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, total_norm)

@@ -148,7 +148,7 @@ class RayExecutor:
         try:
             return ray.get(self._trainer.update.remote(step, *batch.payload))
         except RayTaskError as error:
-            raise as_reward_error(error) from None
+            raise as_said(error) from None
 
     def publish(self, version: int) -> None:
         # Returned by the learner, not put by it, so that the controller owns it and it outlives the learner.
@@ -180,7 +180,7 @@ class RayExecutor:
                     ray.get(reference[0] if returns == 2 else reference, timeout=max(0.0, deadline - time.monotonic()))
                     done[i] = reference
                 except RayTaskError as error:
-                    raise as_reward_error(error) from None
+                    raise as_said(error) from None
                 except RayActorError as error:
                     last = error
                 except GetTimeoutError as error:
@@ -276,9 +276,12 @@ def node_with(env: str) -> str:
     raise InputError(f"env {env!r}: no node can use it: {'; '.join(problems)}")
 
 
-def as_reward_error(error: RayTaskError) -> Exception:
-    """What a reward said, without the worker's traceback around it; any other error as it is."""
-    return RewardError(str(error.cause)) if isinstance(error.cause, RewardError) else error
+def as_said(error: RayTaskError) -> Exception:
+    """What a reward said, or the learner of its numbers, without the worker's traceback around it; any other error as it is."""
+    for kind in (RewardError, FloatingPointError):
+        if isinstance(error.cause, kind):
+            return kind(str(error.cause))
+    return error
 
 
 def gpus_of_a_process(device: str, processes: int) -> float:

@@ -119,6 +119,30 @@ def test_a_step_that_trains_nothing_is_a_step_and_continues_bit_for_bit(tmp_path
     assert summary("one", whole.metrics())["reward"] == f"{rewards[0]:.3f} -> {rewards[-1]:.3f}"
 
 
+def test_a_gradient_that_is_not_finite_is_one_line_on_the_command_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(images, prompts, **meta):\n    return (0 * images).sqrt().mean((1, 2, 3))\n")
+    overrides = [*COMMON, f"objective={METHODS['draft']}", "run.trackers=[]"]
+    overrides.append(f"rewards.train=[{{name: 'python:{tmp_path}/mine.py:mine', differentiable: true}}]")
+    command = [
+        sys.executable,
+        "-m",
+        "runtime.cli",
+        "launch",
+        str(QUICKSTART),
+        *overrides,
+        "--allow-code",
+        "--executor",
+        "inline",
+    ]
+    root = Path(__file__).parents[2]
+    ran = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith(
+        "odeon: step 1, policy: loss 0.0, gradient norm nan; nothing was changed by it."
+    )
+    assert "Traceback" not in ran.stderr
+
+
 @pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tmp_path):
     file = tmp_path / "mine.py"
@@ -218,7 +242,11 @@ def test_a_watched_reward_needs_no_gradient():
         ("{algorithm: drtune, train_steps: 9}", "train_steps is 9, allowed are 1 to 3 with 3 solver steps"),
         ("{algorithm: draft, low_variance: 1, train_steps: 2}", "DRaFT-LV repeats a single step"),
         ("{algorithm: drtune, draw: some}", "objective.draw = 'some'"),
-        ("{algorithm: drtune, anchors: 2}", "objective.anchors: unknown key"),
+        ("{algorithm: drtune, anchors: 2}", "objective.anchors: unknown key (allowed: algorithm, detach_negative, draw,"),
+        (
+            "{algorithm: drtune, train_steps: 3, draw: prefix, early_stop: 0.7}",
+            "allowed are 1 to 2 with 3 solver steps, of which early_stop 0.7 may leave no more to draw from",
+        ),
         ("{algorithm: dr_tune}", "did you mean 'drtune'"),
     ],
 )
