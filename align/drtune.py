@@ -52,7 +52,7 @@ class DRTuneConfig(DirectConfig):
     )
     hinge: float | None = Field(
         None,
-        description="lambda of max(0, lambda - r), above which nothing is trained; null: -r, the paper's. LeapAlign: 0.55, HPSv2.1",
+        description="lambda of max(0, lambda - r), above which nothing trains; null: -r, the paper's; LeapAlign: 0.55",
     )
     reference_weight: float = Field(
         0.0, ge=0, description="of the mean squared distance to the frozen network's clean prediction from the same noise; ours"
