@@ -6,6 +6,7 @@ refl.py             ReFL: through one late step
 draft.py            DRaFT-K: through the last K steps; DRaFT-LV: through the last one, on several noises
 alignprop.py        AlignProp: through the last K steps, K random
 direct.py           what the last four share
+window.py           a part of the solve as two fractions of it
 """
 
 from typing import Any

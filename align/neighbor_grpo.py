@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from align.window import Window, steps_within
 from diffusion.noise import sample_noise
 from diffusion.path import Path
 from diffusion.types import Condition, Items, Loss, Predict, Rollout, Sampling, Scores
@@ -47,7 +48,7 @@ class NeighborGRPOConfig(BaseModel):
     perturbation: float = Field(0.3, gt=0, le=1, description="s, noises of a group correlate by 1 - s^2; paper: 0.3")
     anchors: int = Field(4, ge=1, description="B, members of a group that are trained, at most G; paper: 4 of {1, 2, 4, 6}")
     train_steps: int = Field(4, ge=1, description="K, solver steps that are trained; inferred from the paper's cost: 4")
-    train_window: tuple[float, float] = Field(
+    train_window: Window = Field(
         (0.0, 1.0), description="fractions of the solve, noise first, between which the K steps are drawn; ours: all of it"
     )
     temperature: float = Field(1.0, gt=0, description="tau, on the mean squared distance; paper: 1, on the summed one")
@@ -68,21 +69,13 @@ class NeighborGRPOConfig(BaseModel):
             raise ValueError(f"is {anchors}, allowed are 1 to group_size, which is {group_size}")
         return anchors
 
-    @field_validator("train_window")
-    @classmethod
-    def _window_is_a_range(cls, window: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= window[0] < window[1] <= 1:
-            raise ValueError(f"is {list(window)}, allowed are two rising fractions between 0 and 1")
-        return window
-
     def gradient_evaluations(self, steps: int) -> int:
         """Network evaluations with gradient for one group, if it has a signal: B K U."""
         return self.anchors * self.train_steps * self.inner_updates
 
     def window(self, steps: int) -> range:
         """Which steps of an S-step solve may be trained."""
-        start, end = self.train_window
-        return range(round(start * steps), round(end * steps))
+        return steps_within(self.train_window, steps)
 
     def check(self, steps: int) -> None:
         """Raises ValueError if an S-step solve has too few steps to train."""

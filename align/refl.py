@@ -18,25 +18,19 @@ Axes: B images, T solver steps, counted from the noise, 0 .. T-1.
 from __future__ import annotations
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
+from align.window import Window, steps_within
 from diffusion.path import Path
 from diffusion.types import Loss, Predict, Rollout, Scores
 
 
 class ReFLConfig(DirectConfig):
-    window: tuple[float, float] = Field(
+    window: Window = Field(
         (0.75, 1.0), description="fractions of the solve, noise first, between which the trained step is drawn; the package's"
     )
     hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r. The paper's is 2, for ImageReward")
-
-    @field_validator("window")
-    @classmethod
-    def _window_is_a_range(cls, window: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= window[0] < window[1] <= 1:
-            raise ValueError(f"is {list(window)}, allowed are two rising fractions between 0 and 1")
-        return window
 
     def gradient_evaluations(self, steps: int) -> int:
         """Network evaluations with gradient for one image."""
@@ -44,7 +38,7 @@ class ReFLConfig(DirectConfig):
 
     def stops(self, steps: int) -> range:
         """The steps of a T-step solve that may be the trained one."""
-        return range(round(self.window[0] * steps), round(self.window[1] * steps))
+        return steps_within(self.window, steps)
 
     def check(self, steps: int) -> None:
         """Raises ValueError if the window holds no step of a T-step solve."""
