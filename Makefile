@@ -44,7 +44,7 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# --no-deps: what these packages ask for would take protobuf, timm and pytest back by years; rewards/compat.py lets them work with
+# --no-deps: what these packages ask for would take protobuf, timm and pytest back by years; rewards/parts/compat.py lets them work with
 # present versions. pip then complains about what it was told to leave out; see requirements/rewards.txt.
 rewards: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[rewards]'

@@ -22,7 +22,7 @@ from align.direct import Rows, judged, rollout_with_gradient
 from align.drtune import equally_spaced
 from diffusion import SOLVERS, Prompt, Sampling, Scores, sample_noise
 from generators import load
-from rewards.symmetry import Symmetry
+from rewards.scorers.symmetry import Symmetry
 
 K = 3
 MIB = 2**20

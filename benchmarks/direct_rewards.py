@@ -39,9 +39,9 @@ from torch import Tensor
 from diffusion.types import Condition
 from rollouts.prompts import prompts_of_step, read_prompts
 from rollouts.worker import seed_groups
-from runtime.config import Experiment
-from runtime.executor import InlineExecutor
-from runtime.loop import heldout_groups
+from runtime.executors.inline import InlineExecutor
+from runtime.experiment.config import Experiment
+from runtime.run.loop import heldout_groups
 
 METHODS: dict[str, dict[str, Any]] = {
     "drtune": {"algorithm": "drtune", "train_steps": 3, "early_stop": 0.4},

@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from diffusion import SOLVERS, Prompt, guided, integrate, sample_noise
 from generators import embedded, load
 from generators.glyphs.train import CLIP_MEAN, CLIP_STD, tokenize
-from rewards.glyph_match import GlyphMatch, color_credit, find_things, glyph_credit
+from rewards.scorers.glyph_match import GlyphMatch, color_credit, find_things, glyph_credit
 from worlds.glyphs import HELDOUT_THINGS, SHAPES, caption, change_one, parse, random_scene, read_prompts, render
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusion import SOLVERS, Prompt, sample_seed
 from generators import load
 from generators.glyphs.rewriter import INVERSE
-from rewards.glyph_match import GlyphMatch
+from rewards.scorers.glyph_match import GlyphMatch
 from rollouts.worker import Group, RolloutWorker
 from worlds.glyphs import PROMPT_SETS, Scene, caption, parse, read_prompts
 

@@ -89,7 +89,7 @@ def write(name: str, folder: Path) -> tuple[dict[str, Any], int]:
 
     Raises ValueError if a package is missing that the scorer needs.
     """
-    from rewards import compat
+    from rewards.parts import compat
 
     compat.ensure_torchvision()
     if name == "hpsv2":
@@ -128,7 +128,7 @@ def write_clip(folder: Path, sizes: dict[str, int]) -> int:
     from safetensors.torch import save_file
     from transformers import CLIPConfig, CLIPImageProcessorPil
 
-    from rewards.hpsv2 import Sizes, shapes, to_transformers
+    from rewards.scorers.hpsv2 import Sizes, shapes, to_transformers
 
     write_clip_tokenizer(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
@@ -154,7 +154,7 @@ def write_clip_tokenizer(folder: Path) -> None:
     """CLIP's real vocabulary where open_clip, which brings it, is installed; else its letters, and words that never occur."""
     from transformers import CLIPTokenizer
 
-    from rewards import compat
+    from rewards.parts import compat
 
     merges = []
     if find_spec("open_clip") is not None:
@@ -181,7 +181,7 @@ def write_head(file: Path) -> int:
 def write_hpsv2(folder: Path) -> tuple[dict[str, Any], int]:
     import torch
 
-    from rewards.hpsv2 import FILES, Sizes, shapes
+    from rewards.scorers.hpsv2 import FILES, Sizes, shapes
 
     write_clip_tokenizer(folder)
     tensors = random_tensors(shapes(Sizes(**VIT_H)))
@@ -193,7 +193,7 @@ def write_image_reward(folder: Path) -> tuple[dict[str, Any], int]:
     """The package's own network says which tensors there are."""
     import torch
 
-    from rewards import compat
+    from rewards.parts import compat
 
     compat.check_installed("image_reward", compat.IMAGE_REWARD)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -211,7 +211,7 @@ def write_image_reward(folder: Path) -> tuple[dict[str, Any], int]:
 
 def package_image_reward(folder: Path, tokenizer: Any) -> Any:
     """The package's network for pictures of 224 pixels, as it is built before it is loaded."""
-    from rewards import compat
+    from rewards.parts import compat
 
     with compat.importing_image_reward():
         from ImageReward import ImageReward
@@ -249,7 +249,7 @@ def pictures(name: str, number: int, size: int) -> tuple[Any, list[Any]]:
 def built(name: str, knobs: Mapping[str, Any]) -> Any:
     """The scorer, checked and built as an experiment does it."""
     import rewards
-    from rewards import compat
+    from rewards.parts import compat
 
     compat.ensure_torchvision()
     rewards.check(rewards.resolve([{"name": name, **knobs}]))
@@ -339,12 +339,12 @@ def package_scores(folder: Path, images: Any, prompts: list[Any]) -> Any:
     import torch
     from PIL import Image
 
-    from rewards import compat
+    from rewards.parts import compat
 
     compat.ensure_torchvision()
     from transformers import BertTokenizer
 
-    from rewards.checkpoints import read_checkpoint
+    from rewards.parts.checkpoints import read_checkpoint
 
     network = package_image_reward(folder, BertTokenizer.from_pretrained(folder))
     network.load_state_dict(read_checkpoint(folder / "ImageReward.pt"))
@@ -358,9 +358,9 @@ def package_scores(folder: Path, images: Any, prompts: list[Any]) -> Any:
 
 
 def with_open_clip(knobs: dict[str, Any], images: Any, prompts: list[Any]) -> Any:
-    from rewards import compat
-    from rewards.checkpoints import read_checkpoint
-    from rewards.hpsv2 import FILES, Preprocess
+    from rewards.parts import compat
+    from rewards.parts.checkpoints import read_checkpoint
+    from rewards.scorers.hpsv2 import FILES, Preprocess
 
     compat.ensure_torchvision()
     import open_clip

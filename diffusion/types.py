@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -116,6 +116,21 @@ class Loss:
     metrics: Mapping[str, float]
     known: Mapping[str, int] = field(default_factory=dict)
     """{metric: rows it is the mean of}, where that is not all of them"""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a reward model states about itself."""
+
+    label: str
+    """Names its curves."""
+    differentiable: bool
+    """Whether a gradient reaches the images."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """The lowest and the highest score it can give."""
+    may_abstain: bool = False
+    """Whether it can score an image NaN."""
+    media: Literal["image", "video"] = "image"
 
 
 @runtime_checkable

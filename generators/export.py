@@ -17,9 +17,9 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from diffusion import sample_noise
+from generators.families.sd3 import SD3Generator
 from generators.lora import Adapters
 from generators.lora_file import FILE_NAME, save_lora
-from generators.sd3 import SD3Generator
 
 STEPS = 2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from generators.outline import Outline, read_outline
 
 if TYPE_CHECKING:
-    from generators.sd3 import SD3Generator
+    from generators.families.sd3 import SD3Generator
 
 FAMILIES = {"sd3": "StableDiffusion3Pipeline"}
 """{family: the diffusers pipeline its weights belong to}"""
@@ -42,7 +42,7 @@ def load(
 
     weights: `embedded:NAME`, a local diffusers folder, or a hub id, which is downloaded.
     dtype: of the base, "float32" or "bfloat16"; adapters are float32 over both.
-    t5, max_sequence_length: see `generators.sd3.load_sd3`.
+    t5, max_sequence_length: see `generators.families.sd3.load_sd3`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not allowed{_allowed(dtype, DTYPES)}")
@@ -51,7 +51,7 @@ def load(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is not there: this torch sees no GPU; allowed: cpu")
     folder = download(weights, family, t5=t5)
-    from generators.sd3 import load_sd3
+    from generators.families.sd3 import load_sd3
 
     return load_sd3(
         folder,
@@ -72,7 +72,7 @@ def outline(weights: str, family: str = "sd3") -> Outline:
 
 def family_class(family: str) -> type[SD3Generator]:
     """The class that generates for a family of FAMILIES."""
-    from generators.sd3 import SD3Generator
+    from generators.families.sd3 import SD3Generator
 
     return {"sd3": SD3Generator}[family]
 
@@ -116,7 +116,7 @@ def download(weights: str, family: str = "sd3", t5: bool = True) -> Path:
         return folder
     from diffusers import DiffusionPipeline
 
-    from generators.sd3 import WITHOUT_T5
+    from generators.families.sd3 import WITHOUT_T5
 
     with _hub_errors(weights):
         return Path(DiffusionPipeline.download(weights, **({} if t5 else WITHOUT_T5)))

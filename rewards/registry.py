@@ -41,7 +41,7 @@ REWARDS = {
 }
 """{name in an experiment: class in the file of that name}"""
 CODE = "python:"
-"""How the name of a user's own function begins; see rewards/user_function.py."""
+"""How the name of a user's own function begins; see rewards/scorers/user_function.py."""
 
 
 class Entry(BaseModel):
@@ -87,10 +87,10 @@ class NoKnobs(BaseModel):
 def scorer(name: str) -> Any:
     """The class of a scorer. Raises ValueError, with the nearest spelling, for a name that is not known."""
     if is_code(name):
-        return import_module("rewards.user_function").UserFunction
+        return import_module("rewards.scorers.user_function").UserFunction
     if name not in REWARDS:
         raise ValueError(f"reward {name!r} is not known{_allowed(name, REWARDS)}")
-    return getattr(import_module(f"rewards.{name}"), REWARDS[name])
+    return getattr(import_module(f"rewards.scorers.{name}"), REWARDS[name])
 
 
 def is_code(name: Any) -> bool:
@@ -101,7 +101,7 @@ def is_code(name: Any) -> bool:
 def differentiable(entry: Mapping[str, Any]) -> bool:
     """Has the entry's reward a gradient? Loads nothing; a server is asked."""
     if entry["server"] is not None:
-        return bool(import_module("rewards.over_http").Client(entry["server"], entry["name"]).about["differentiable"])
+        return bool(import_module("rewards.transport.http").Client(entry["server"], entry["name"]).about["differentiable"])
     return bool(entry["differentiable"] if is_code(entry["name"]) else scorer(entry["name"]).differentiable)
 
 
@@ -132,7 +132,7 @@ def check(entries: Sequence[Mapping[str, Any]]) -> None:
     """
     for entry in entries:
         if entry.get("server") is not None:
-            import_module("rewards.over_http").Client(entry["server"], entry["name"])
+            import_module("rewards.transport.http").Client(entry["server"], entry["name"])
         elif entry.get("env") is None and hasattr(kind := scorer(entry["name"]), "check"):
             kind.check(**own_knobs(entry))
 
@@ -154,7 +154,7 @@ def check_prompts(entries: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt
 
 
 Elsewhere = Callable[[Mapping[str, Any]], Any]
-"""Runs the scorer of an entry with an `env` there, and returns its `Ask`; see rewards/elsewhere.py."""
+"""Runs the scorer of an entry with an `env` there, and returns its `Ask`; see rewards/transport/remote.py."""
 
 
 def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards", elsewhere: Elsewhere | None = None) -> Mixture:
@@ -171,10 +171,10 @@ def build(entries: Sequence[Mapping[str, Any]], key: str = "rewards", elsewhere:
 def _build(entry: Mapping[str, Any], key: str, elsewhere: Elsewhere | None) -> Any:
     if entry["server"] is None and entry["env"] is None:
         return scorer(entry["name"])(label=entry["label"], **own_knobs(entry))
-    from rewards.elsewhere import FromElsewhere
+    from rewards.transport.remote import FromElsewhere
 
     if entry["server"] is not None:
-        return FromElsewhere(import_module("rewards.over_http").Client(entry["server"], entry["name"]), entry["label"])
+        return FromElsewhere(import_module("rewards.transport.http").Client(entry["server"], entry["name"]), entry["label"])
     if elsewhere is None:
         raise ValueError(f"{key}: {entry['label']} has env {entry['env']!r}, and nothing here runs scorers in environments")
     return FromElsewhere(elsewhere(entry), entry["label"])

@@ -46,7 +46,7 @@ def main() -> NoReturn:
 
 
 def _is_input_error(error: ValueError) -> bool:
-    from runtime.config import InputError
+    from runtime.experiment.config import InputError
 
     return isinstance(error, InputError)
 
@@ -74,7 +74,7 @@ def launch(
     allow_code: AllowCode = False,
 ) -> None:
     """Run an experiment, or go on with the one in its folder."""
-    from runtime.launch import launch_experiment
+    from runtime.run.launch import launch_experiment
 
     if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run, allow_code, profile):
         raise typer.Exit(code)
@@ -91,7 +91,7 @@ def prompt_policy(
     allow_code: AllowCode = False,
 ) -> None:
     """Train a language model to write prompts for a frozen generator, or go on with the run in its folder."""
-    from runtime.prompt_policy import train_prompt_policy
+    from runtime.prompt_policy.run import train_prompt_policy
 
     if code := train_prompt_policy(experiment, overrides or [], run_dir, dry_run, allow_code):
         raise typer.Exit(code)
@@ -105,8 +105,8 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="an interactive page, .html, or a picture: .png, .svg, .pdf")] = None,
 ) -> None:
     """A table of runs, and a page or a picture with their curves."""
-    from runtime.compare import AXES, WRITERS, print_table, read_runs
-    from runtime.config import InputError, nearest
+    from runtime.experiment.config import InputError, nearest
+    from runtime.finished.compare import AXES, WRITERS, print_table, read_runs
 
     if x not in AXES:
         raise InputError(f"--x {x!r}: is not known{nearest(x, AXES)}")
@@ -132,7 +132,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="a PNG file")] = Path("sample.png"),
 ) -> None:
     """Draw one picture."""
-    from runtime.trained import draw_one
+    from runtime.finished.verbs import draw_one
 
     draw_one(run_dir, prompt, seed, steps, base, out)
     print(f"wrote {out}")
@@ -150,7 +150,7 @@ def evaluate(
     allow_code: AllowCode = False,
 ) -> None:
     """Score the trained adapter and the teacher on the same noise."""
-    from runtime.trained import evaluate_run
+    from runtime.finished.verbs import evaluate_run
 
     _table(evaluate_run(run_dir, prompts, rewards or [], steps, solver, allow_code))
 
@@ -163,7 +163,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="a folder; RUN_DIR/export/FORMAT unless given")] = None,
 ) -> None:
     """Write the trained adapter for other programs, after proving that they read it right."""
-    from runtime.trained import export_run
+    from runtime.finished.verbs import export_run
 
     print(f"wrote {export_run(run_dir, format, step, out)}")
 
@@ -174,7 +174,7 @@ app.add_typer(rewards_app, name="rewards")
 
 @rewards_app.callback()
 def rewards(context: typer.Context) -> None:
-    from runtime.catalogue import reward_table
+    from runtime.finished.catalogue import reward_table
 
     if context.invoked_subcommand is None:
         _table(reward_table())
@@ -188,7 +188,7 @@ def score_pictures(
     allow_code: AllowCode = False,
 ) -> None:
     """Score picture files."""
-    from runtime.catalogue import score_files
+    from runtime.finished.catalogue import score_files
 
     _table(score_files(name, images, prompt, allow_code))
 
@@ -202,8 +202,8 @@ def serve_reward(
     allow_code: AllowCode = False,
 ) -> None:
     """Run a reward behind HTTP, for entries with `server: http://HOST:PORT`."""
-    from runtime.catalogue import one_reward
-    from runtime.isolation import serve
+    from runtime.executors.isolation import serve
+    from runtime.finished.catalogue import one_reward
 
     raise typer.Exit(serve(one_reward(name, allow_code), host, port, device))
 
@@ -223,7 +223,7 @@ def build_env(
     requirements: Annotated[Path | None, typer.Option(help="a file for pip; envs/NAME.txt unless given")] = None,
 ) -> None:
     """Make the environment envs/NAME, for rewards with `env: envs/NAME`."""
-    from runtime.isolation import build_environment
+    from runtime.executors.isolation import build_environment
 
     print(f"wrote {build_environment(name, requirements)}")
 
@@ -231,7 +231,7 @@ def build_env(
 @app.command()
 def describe(name: Annotated[str, typer.Argument(help="an algorithm, a reward, a solver or a generator family")]) -> None:
     """What it is, where it comes from, and its knobs."""
-    from runtime.catalogue import description
+    from runtime.finished.catalogue import description
 
     print(description(name))
 
@@ -239,7 +239,7 @@ def describe(name: Annotated[str, typer.Argument(help="an algorithm, a reward, a
 @app.command()
 def schema() -> None:
     """The JSON schema of an experiment, for editors."""
-    from runtime.config import Experiment
+    from runtime.experiment.config import Experiment
 
     print(json.dumps(Experiment.model_json_schema(), indent=2))
 

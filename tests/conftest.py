@@ -1,5 +1,5 @@
 """Before any test imports diffusers or transformers; see there."""
 
-from rewards.compat import ensure_torchvision
+from rewards.parts.compat import ensure_torchvision
 
 ensure_torchvision()

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from generators.families.sd3 import SD3Generator
 from generators.glyphs import networks
-from generators.sd3 import SD3Generator
 
 T5_WORDS = ["a", "red", "blue", "circle", "seven"]
 

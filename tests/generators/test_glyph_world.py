@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from diffusion import SOLVERS, Prompt, guided, integrate, sample_noise
 from generators import embedded, load
 from generators.glyphs.train import CLIP_MEAN, CLIP_STD, tokenize
-from rewards.glyph_match import GlyphMatch
+from rewards.scorers.glyph_match import GlyphMatch
 from worlds.glyphs import HELDOUT_THINGS, caption, parse, random_scene, read_prompts, render
 
 FOLDER = Path(__file__).parents[2] / "generators" / "glyphs"

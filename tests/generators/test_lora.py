@@ -5,8 +5,8 @@ import torch
 
 from diffusion import sample_noise
 from generators.adapter_weights import AdapterWeights
+from generators.families.sd3 import SD3Generator
 from generators.lora import Adapters
-from generators.sd3 import SD3Generator
 
 
 @pytest.fixture

@@ -18,14 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards.compat import ensure_torchvision
+from rewards.parts.compat import ensure_torchvision
 
 ensure_torchvision()  # before transformers and diffusers, which fail at import beside a torchvision that does not fit
 
 from transformers import CLIPImageProcessorPil, CLIPTokenizer  # noqa: E402
 
 from generators.glyphs import networks  # noqa: E402
-from rewards.hpsv2 import Sizes, shapes  # noqa: E402
+from rewards.scorers.hpsv2 import Sizes, shapes  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

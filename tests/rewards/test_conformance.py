@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import rewards
 from diffusion.types import Prompt, RewardModel
-from rewards.compat import missing
 from rewards.mixture import RewardError, score
+from rewards.parts.compat import missing
 from worlds.glyphs import parse, read_prompts, render
 
 TEXTS = read_prompts("evaluation")[:6]

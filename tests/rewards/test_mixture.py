@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffusion.types import Prompt, RewardModel, Scores
-from rewards.brightness import Brightness
 from rewards.mixture import Mixture, RewardError, normalized_then_summed, score
-from rewards.symmetry import Symmetry
+from rewards.scorers.brightness import Brightness
+from rewards.scorers.symmetry import Symmetry
 from rewards.wrappers import Clipped
 
 PROMPTS = [Prompt("1", "a red circle"), Prompt("2", "a blue seven")]

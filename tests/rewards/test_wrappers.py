@@ -3,8 +3,8 @@ import torch
 
 import rewards
 from diffusion.types import Prompt, Scores
-from rewards.brightness import Brightness
 from rewards.mixture import Mixture, RewardError, normalized_then_summed, score
+from rewards.scorers.brightness import Brightness
 from rewards.wrappers import ATTEMPTS, Cached, Clipped, Dropping, Retried
 
 PROMPTS = [Prompt("1", "a red circle"), Prompt("1", "a red circle"), Prompt("2", "a blue seven"), Prompt("3", "a cross")]

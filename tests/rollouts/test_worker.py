@@ -5,8 +5,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffusion import SOLVERS, Condition, Prompt, RectifiedFlow, sample_noise, sample_seed
+from generators.families.sd3 import SD3Generator
 from generators.glyphs import networks
-from generators.sd3 import SD3Generator
 from rollouts import Group, RolloutWorker, seed_groups
 
 PROMPTS = [Prompt("a", "one"), Prompt("b", "three"), Prompt("c", "a longer one")]

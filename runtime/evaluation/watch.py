@@ -1,0 +1,53 @@
+"""The hacking watch: is the trained reward bought with what nobody trains?
+
+At every evaluation the policy stands against the frozen teacher on the same noise. Once the trained reward is above the
+teacher's, a held-out reward that is not trained should not have fallen, nor should a prompt's pictures have become alike.
+A reward's fall counts when it is both large, beyond the experiment's `watch`, and clear, beyond CLEAR paired standard errors.
+Ours; the limits are judgement, not measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from runtime.experiment.config import WatchSection
+from runtime.roles.build import Evaluated, paired
+
+CLEAR = 3.0
+"""Standard errors."""
+
+
+def watch_metrics(result: Evaluated, teacher: Evaluated, trained: Collection[str]) -> dict[str, float]:
+    """`watch/<label>`, how far a reward that is not trained has fallen, in standard deviations of the teacher's scores, and
+    `watch/diversity`, the share of the teacher's diversity that is gone. A rise is negative.
+
+    trained: the labels that are, "total" among them. A reward whose scores do not vary is left out.
+    """
+    line = {}
+    for label, before in teacher.scores.items():
+        known = ~(before + result.scores[label]).isnan()
+        spread = before[known].std().item()
+        if label not in trained and spread > 0:
+            line[f"watch/{label}"] = (before[known].mean() - result.scores[label][known].mean()).item() / spread
+    if teacher.diversity > 0:
+        line["watch/diversity"] = 1 - result.diversity / teacher.diversity
+    return line
+
+
+def suspicions(line: dict[str, float], result: Evaluated, teacher: Evaluated, limits: WatchSection) -> list[str]:
+    """What looks like reward hacking in the metrics of an evaluation, a sentence each."""
+    if line["heldout/total"] <= line["heldout/base/total"]:
+        return []
+    found = []
+    for key, fall in line.items():
+        label = key.removeprefix("watch/")
+        if label == key or label == "diversity":
+            continue
+        difference, error = paired(result.scores[label], teacher.scores[label])
+        if fall > limits.reward_drop and -difference > CLEAR * error:
+            found.append(
+                f"{label} fell by {-difference:.3g}, {fall:.2f} of its standard deviation, while the trained reward rose"
+            )
+    if (fall := line.get("watch/diversity", 0.0)) > limits.diversity_drop:
+        found.append(f"diversity fell by {100 * fall:.0f} % while the trained reward rose")
+    return found

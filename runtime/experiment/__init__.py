@@ -1,0 +1,1 @@
+"""Experiments: the schema, the YAML that fills it, and the checks before anything heavy is loaded. Loads no network."""

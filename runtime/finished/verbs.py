@@ -1,0 +1,135 @@
+"""What people do with a run that is there: draw, evaluate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from diffusion import Prompt, sample_seed
+from rollouts.prompts import read_prompts
+from rollouts.worker import Group
+from runtime.executors.isolation import check_rewards
+from runtime.experiment.config import (
+    Experiment,
+    InputError,
+    RolloutsSection,
+    nearest,
+    read_experiment,
+    validated,
+)
+from runtime.finished.catalogue import named_rewards
+from runtime.roles.build import Evaluator, evaluated_adapter, located, new_generator, pixels, worker
+from runtime.roles.learn import load_adapters
+from runtime.run.folder import RunFolder
+from runtime.run.loop import heldout_groups, heldout_metrics
+
+FORMATS = ("diffusers",)
+
+
+def read_run(run_dir: Path, *, allow_code: bool = True) -> tuple[Experiment, RunFolder]:
+    """Raises InputError for a folder that holds no run. allow_code: nothing is called yet, so only who calls rewards minds."""
+    if not (run_dir / "experiment.yaml").is_file():
+        raise InputError(f"{run_dir}: no run there (no experiment.yaml)")
+    if "language_model" in yaml.safe_load((run_dir / "experiment.yaml").read_text()):
+        raise InputError(
+            f"{run_dir}: is a prompt policy's run, which has no adapter; its language model is in {run_dir / 'export'}"
+        )
+    return read_experiment(run_dir / "experiment.yaml", allow_code=allow_code), RunFolder(run_dir)
+
+
+def changed_rollouts(experiment: Experiment, **changes: Any) -> RolloutsSection:
+    """The experiment's rollouts but for the changes that are not None: what they ask of the objective does not matter now."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return validated({**experiment.rollouts.model_dump(), **given}, RolloutsSection)
+
+
+def trained_generator(experiment: Experiment, folder: RunFolder, step: int | None = None) -> tuple[Any, int]:
+    """The generator with the adapters of a checkpoint, the newest unless a step is given; and that checkpoint's step."""
+    checkpoints = folder.checkpoints()
+    if not checkpoints:
+        raise InputError(f"{folder.path}: no checkpoint there")
+    if step is None:
+        step = max(checkpoints)
+    if step not in checkpoints:
+        raise InputError(f"--step {step}: {folder.path} has checkpoints of steps {', '.join(map(str, checkpoints))}")
+    generator = new_generator(experiment)
+    load_adapters(generator.adapters, checkpoints[step])
+    return generator, step
+
+
+def draw_one(run_dir: Path, prompt: str, seed: int, steps: int | None, base: bool, out: Path) -> None:
+    experiment, folder = read_run(run_dir)
+    rollouts = changed_rollouts(experiment, steps=steps)
+    generator, _ = trained_generator(experiment, folder)
+    group = Group(Prompt("sample", prompt), seed, [sample_seed(seed, 0, prompt, 0)])
+    adapter = None if base else evaluated_adapter(experiment)
+    one = worker(experiment, generator, rollouts, group_size=1)
+    picture = pixels(one.draw([group], adapter=adapter, version=None if base else 0).images)[0]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.numpy()).save(out)
+
+
+def evaluate_run(
+    run_dir: Path,
+    prompts: str | None,
+    rewards: Sequence[str],
+    steps: int | None,
+    solver: str | None,
+    allow_code: bool = False,
+) -> list[dict[str, str]]:
+    """One row a reward: the teacher's mean, the trained adapter's, on the same noise. rewards: see `more_rewards`."""
+    experiment, folder = read_run(run_dir, allow_code=allow_code)
+    rollouts = changed_rollouts(experiment, steps=steps, solver=solver)
+    experiment = more_rewards(experiment, rewards, allow_code)
+    try:
+        check_rewards(located([*experiment.rewards.train, *experiment.rewards.heldout]))
+        texts = read_prompts(prompts or experiment.prompts.heldout)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if len(texts) < 2:
+        raise InputError(f"{prompts or experiment.prompts.heldout}: has one prompt; at least 2 are needed")
+    generator, _ = trained_generator(experiment, folder)
+    evaluator = Evaluator(experiment, generator, rollouts)
+    number = len(texts) if prompts else experiment.prompts.heldout_number
+    groups = heldout_groups(texts[:number], experiment.seed)
+    base, result = evaluator.evaluate(groups, None), evaluator.evaluate(groups, evaluated_adapter(experiment))
+    line = heldout_metrics(result, base)
+    rows = [
+        {"reward": label, "teacher": f"{line[f'heldout/base/{label}']:.4f}", "trained": f"{line[f'heldout/{label}']:.4f}"}
+        for label in result.scores
+    ]
+    rows.append({"reward": "win rate of total", "teacher": "", "trained": f"{line['heldout/win_rate']:.3f}"})
+    rows.append({"reward": "standard error of the gain", "teacher": "", "trained": f"{line['heldout/total_se']:.4f}"})
+    rows.append({"reward": "diversity", "teacher": f"{base.diversity:.4f}", "trained": f"{result.diversity:.4f}"})
+    return rows
+
+
+def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool) -> Experiment:
+    """The experiment with more held-out rewards, as `named_rewards` reads them. Those it has already stay as they are."""
+    raw = experiment.model_dump(mode="json")
+    known = [{"name": entry["label"]} for entry in (*experiment.rewards.train, *experiment.rewards.heldout)]
+    raw["rewards"]["heldout"] += [entry for text in texts for entry in named_rewards(text) if entry not in known]
+    return validated(raw, Experiment, allow_code=allow_code)
+
+
+def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -> Path:
+    if format not in FORMATS:
+        raise InputError(f"--format {format!r}: is not known{nearest(format, FORMATS)}")
+    experiment, folder = read_run(run_dir)
+    from generators.export import export_diffusers
+
+    generator, step = trained_generator(experiment, folder, step)
+    metadata = {
+        "base_model": experiment.generator.weights,
+        "algorithm": experiment.objective.algorithm,
+        "step": str(step),
+        "rewards": ", ".join(f"{entry['weight']:g} {entry['label']}" for entry in experiment.rewards.train),
+    }
+    try:
+        return export_diffusers(generator, evaluated_adapter(experiment), out or run_dir / "export" / format, metadata)
+    except ValueError as error:
+        raise InputError(f"{run_dir}: {error}") from None
