@@ -1,7 +1,7 @@
-"""Reward alignment: one algorithm, one file, each an Objective of diffusion/types.py. Knows no plumbing and no other room.
+"""Reward alignment: one algorithm a file, each an `Objective` of diffusion/objective.py. Imports diffusion/ alone.
 
 neighbor_grpo.py    Neighbor GRPO: ODE rollouts from neighbouring noise, any solver, any reward
-drtune.py           DRTune: a differentiable reward through a few steps of the whole sampler
+drtune.py           DRTune: the gradient of a reward through a few steps of the whole sampler
 refl.py             ReFL: through one late step
 draft.py            DRaFT-K: through the last K steps; DRaFT-LV: through the last one, on several noises
 alignprop.py        AlignProp: through the last K steps, K random
@@ -24,6 +24,6 @@ ALGORITHMS: dict[str, Any] = {
     "draft": DRaFT,
     "alignprop": AlignProp,
 }
-"""What an experiment's `objective.algorithm` may name."""
+"""{name in an experiment's `objective.algorithm`: the objective, with its pydantic `Config`}"""
 
 __all__ = ["ALGORITHMS", "AlignProp", "DRTune", "DRaFT", "NeighborGRPO", "ReFL"]

@@ -17,10 +17,12 @@ from dataclasses import replace
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
-from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Scores
+from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
+from diffusion.objective import Items, Tools
+from diffusion.solvers import Solver, evaluations
+from diffusion.types import Cost, Loss, Rollout
 
 
 class AlignPropConfig(DirectConfig):
@@ -31,12 +33,10 @@ class AlignPropConfig(DirectConfig):
         """The largest K of a T-step solve."""
         return max(1, round(self.deepest * steps))
 
-    def gradient_evaluations(self, steps: int) -> int:
-        """Network evaluations with gradient for one image, at most; those that are computed again count twice."""
-        return 2 * self.largest(steps)
-
-    def check(self, steps: int) -> None:
-        """There is a K for every T."""
+    def cost(self, solver: Solver, grid: Tensor) -> Cost:
+        """At most; evaluations that the backward pass repeats count twice."""
+        largest = self.largest(len(grid) - 1)
+        return Cost(with_gradient=2 * largest * solver.evaluations, without=evaluations(solver, grid))
 
 
 class AlignProp(Direct[AlignPropConfig]):
@@ -44,14 +44,16 @@ class AlignProp(Direct[AlignPropConfig]):
 
     Config = AlignPropConfig
 
-    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
-        steps = self.sampling.steps
-        depth = int(torch.randint(1, self.config.largest(steps) + 1, (), generator=generator))
+    def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
+        steps = tools.steps
+        depth = int(torch.randint(1, self.config.largest(steps) + 1, (), generator=tools.rng))
         return rows_of(rollout, range(steps - depth, steps), steps - 1)
 
-    def loss(self, player: str, items: Rows, predict: Predict, path: Path) -> Loss:
+    def loss(self, player: str, items: Items, tools: Tools) -> Loss:
+        assert isinstance(items, DirectRows)
+        depth = len(items.trained_steps)
         clean = rollout_with_gradient(
-            lambda x, t: predict(x, t, items.condition, player), items, self.sampling, path, recompute=len(items.trained) > 1
+            lambda x, t: tools.predict(x, t, items.condition, player), items, tools, recompute=depth > 1
         )
-        loss = judged(clean, items, self.sampling, self.config.hinge)
-        return replace(loss, metrics={**loss.metrics, "alignprop/trained": float(len(items.trained))})
+        loss = judged(clean, items, tools, self.config.hinge)
+        return replace(loss, metrics={**loss.metrics, "alignprop/trained": torch.tensor(float(depth))})

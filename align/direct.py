@@ -1,23 +1,22 @@
 """What the methods that back-propagate through the sampler share: their rows, the rollout with gradient, and the loss.
 
-Which steps are trained, where the rollout stops and how far the gradient reaches is each method's own, and in its file:
+Which steps are trained, where the rollout stops and how far the gradient reaches differs, and is in each method's file:
 
 | method     | file         | trained steps                    | network's input      | ends                     |
 | ---------- | ------------ | -------------------------------- | -------------------- | ------------------------ |
 | DRTune     | drtune.py    | K of T, equally spaced           | detached             | early, at a random step  |
 | ReFL       | refl.py      | the last one of the rollout      | (nothing before it)  | early, at a random step  |
-| DRaFT-K    | draft.py     | the last K                       | alive                | at the data              |
+| DRaFT-K    | draft.py     | the last K                       | with gradient        | at the data              |
 | DRaFT-LV   | draft.py     | the last one, on several noises  | (nothing before it)  | at the data              |
-| AlignProp  | alignprop.py | the last K, K random             | alive                | at the data              |
+| AlignProp  | alignprop.py | the last K, K random             | with gradient        | at the data              |
 
 Axes: B rows, each one image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -26,89 +25,87 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.grid import stop_early
-from diffusion.noise import sample_noise
+from diffusion.objective import Objective, Tools
 from diffusion.ode import integrate
-from diffusion.path import Path
 from diffusion.solvers import Predictor
-from diffusion.types import Condition, Loss, Prompt, Rollout, Sampling, Scores
+from diffusion.types import Condition, Loss, Plan, Prompt, Rollout, RunSettings, Scores
 
 
 class DirectConfig(BaseModel):
-    """The knobs that every direct method has."""
+    """The knobs of every direct method."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-    group_size: ClassVar[int] = 1
+    needs_reward_gradient: ClassVar[bool] = True
 
     detach_negative: bool = Field(
-        False, description="no gradient through guidance's negative branch; FlowBP offers it for DRTune, elsewhere it is ours"
+        False, description="no gradient through guidance's negative branch; FlowBP offers it for DRTune, for others it is ours"
     )
+
+    def check(self, settings: RunSettings) -> None:
+        """Raises ValueError for rewards standardised inside groups, since here every image is a group of its own."""
+        if settings.standardized_rewards:
+            raise ValueError(
+                "rewards.multi_objective_aggregation = 'normalize_then_sum': needs groups of several images, and direct reward "
+                "tuning has none; allowed: sum_then_normalize"
+            )
 
 
 C = TypeVar("C", bound=DirectConfig)
 
 
-class Direct(Generic[C]):
-    """What is the same in every direct method of the protocol `Objective`: one policy, and one update by the step's noises."""
-
-    players: Sequence[str] = ("policy",)
-    idle_metrics: Mapping[str, float] = MappingProxyType({})
-    group_size = 1
-    updates = 1
-    direct = True
+class Direct(Objective, Generic[C]):
+    """What every direct method answers alike: workers hand out noise and conditions, and the learner draws and scores."""
 
     def __init__(self, config: C) -> None:
         self.config = config
+        self.detach_negative = config.detach_negative
 
-    def equip(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-
-    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return sample_noise(seeds, shape)
-
-    def record(self, steps: int) -> Sequence[int]:
-        return [0]
+    def plan(self, step: int, steps: int) -> Plan:
+        return Plan(source="noise", record=[0], scored=False)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One row is one image to be: its noise and its prompt. What was drawn for the step holds for all rows."""
+class DirectRows:
+    """One row is one image: its noise and its prompt. What was drawn for the step holds for all rows."""
 
     noise: Tensor
     """[B, ...] float32"""
     condition: Condition
     """[B]"""
     prompts: Sequence[Prompt]
-    trained: range | tuple[int, ...]
-    """solver steps that ask the network with gradient, 0 being the noisiest"""
+    """[B]"""
+    trained_steps: range | tuple[int, ...]
+    """solver steps that evaluate the network with gradient, 0 being the noisiest"""
     stop: int
     """the solver step after which the clean prediction is taken; the last one is the end of the solve"""
     renoise: Tensor | None = None
-    """[B, n, ...] float32, the noises that DRaFT-LV noises its images with again"""
+    """[B, n, ...] float32, the noises with which DRaFT-LV noises its images again"""
 
     def __len__(self) -> int:
         return len(self.noise)
 
-    def __getitem__(self, rows: slice) -> Rows:
+    def __getitem__(self, rows: slice) -> DirectRows:
         renoise = None if self.renoise is None else self.renoise[rows]
         return replace(
             self, noise=self.noise[rows], condition=self.condition[rows], prompts=self.prompts[rows], renoise=renoise
         )
 
 
-def rows_of(rollout: Rollout, trained: Sequence[int], stop: int) -> Rows:
+def rows_of(rollout: Rollout, trained_steps: Sequence[int], stop: int) -> DirectRows:
     """The rollout's first states as rows; none where no trained step is executed, since nothing would be learned."""
-    executed = tuple(i for i in trained if i <= stop)
-    rows = Rows(rollout.trajectory.x[:, 0], rollout.condition, rollout.prompts, executed, stop)
+    executed = tuple(i for i in trained_steps if i <= stop)
+    noise, condition = rollout.trajectory.x[:, 0], rollout.condition[rollout.group]
+    rows = DirectRows(noise, condition, rollout.sample_prompts, executed, stop)
     return rows if executed else rows[:0]
 
 
 def rollout_with_gradient(
-    predict: Predictor, rows: Rows, sampling: Sampling, path: Path, *, detach_input: bool = False, recompute: bool = False
+    predict: Predictor, rows: DirectRows, tools: Tools, *, detach_input: bool = False, recompute: bool = False
 ) -> Tensor:
     """The clean prediction at `rows.stop`, [B, ...]: with gradient through the trained steps, without one for the others.
 
     detach_input: the network sees the state without its gradient; every other occurrence of the state keeps it.
-    recompute: keep a trained step's input alone, and run the network again in the backward pass.
+    recompute: keep only a trained step's input, and evaluate the network again in the backward pass.
     """
 
     def ask(x: Tensor, t: Tensor) -> Tensor:
@@ -118,26 +115,29 @@ def rollout_with_gradient(
             return checkpoint(predict, x, t, use_reentrant=False)
         return predict(x, t)
 
-    grid = stop_early(sampling.grid, rows.stop)
-    return integrate(ask, rows.noise, grid, path, sampling.solver, trained=rows.trained).x[:, -1]
+    grid = stop_early(tools.grid, rows.stop)
+    return integrate(ask, rows.noise, grid, tools.path, tools.solver, trained_steps=rows.trained_steps).x[:, -1]
 
 
 def reward_loss(rewards: Tensor, hinge: float | None) -> Tensor:
-    """-mean r, or with a hinge mean max(0, hinge - r), which leaves alone what is good enough: rewards [B] -> []."""
+    """-mean r, or with a hinge mean max(0, hinge - r), which has no gradient above the hinge: rewards [B] -> []."""
     return -rewards.mean() if hinge is None else (hinge - rewards).clamp(min=0).mean()
 
 
-def judged(clean: Tensor, rows: Rows, sampling: Sampling, hinge: float | None) -> Loss:
-    """The loss of clean latents [B, ...], decoded and scored. Images without a score, NaN, have no say.
+def judged(clean: Tensor, rows: DirectRows, tools: Tools, hinge: float | None) -> Loss:
+    """The loss of clean latents [B, ...], decoded and scored. Images scored NaN are excluded.
 
-    Metrics, means over the images with a score: `reward/total`, `reward/<label>`, and `extra/<name>`, what rewards say beside.
+    Metrics, means over the images with a score: `reward/total`, `reward/<label>`, and `extra/<name>`, rewards' further values.
     """
-    scores: Scores = sampling.judge(clean, rows.prompts)
-    known = ~scores.total.isnan()
+    scores: Scores = tools.judge(clean, rows.prompts)
+    excluded = scores.total.isnan()
     metrics = {f"reward/{label}": value for label, value in [("total", scores.total), *scores.parts.items()]}
     metrics |= {f"extra/{name}": value for name, value in scores.extra.items()}
-    means = {key: value.nanmean().item() for key, value in metrics.items() if not value.isnan().all()}
-    behind = {key: int((~metrics[key].isnan()).sum()) for key in means}
-    if not known.any():
-        return Loss(clean.sum() * 0, means, behind)
-    return Loss(reward_loss(scores.total[known], hinge) * known.float().mean(), means, behind)
+    means = {key: value.detach().nanmean() for key, value in metrics.items()}
+    known = {key: (~value.isnan()).sum() for key, value in metrics.items()}
+    return Loss(reward_loss(_without(scores.total, excluded, hinge), hinge), means, known)
+
+
+def _without(rewards: Tensor, excluded: Tensor, hinge: float | None) -> Tensor:
+    """Excluded rewards as the constant that adds nothing to the loss, so that no data-dependent shape waits for the device."""
+    return torch.where(excluded, 0.0 if hinge is None else hinge, rewards)

@@ -24,9 +24,10 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
-from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Scores
+from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
+from diffusion.objective import Items, Tools
+from diffusion.solvers import Solver, evaluations
+from diffusion.types import Cost, Loss, Rollout, RunSettings
 
 
 class DRaFTConfig(DirectConfig):
@@ -41,13 +42,15 @@ class DRaFTConfig(DirectConfig):
             raise ValueError(f"is {n}, allowed is 0 where train_steps is above 1: DRaFT-LV repeats a single step")
         return n
 
-    def gradient_evaluations(self, steps: int) -> int:
-        """Network evaluations with gradient for one image; those that are computed again count twice."""
-        return 1 + self.low_variance if self.train_steps == 1 else 2 * self.train_steps
+    def cost(self, solver: Solver, grid: Tensor) -> Cost:
+        """Evaluations that the backward pass repeats count twice."""
+        trained = 1 + self.low_variance if self.train_steps == 1 else 2 * self.train_steps
+        return Cost(with_gradient=trained * solver.evaluations, without=evaluations(solver, grid))
 
-    def check(self, steps: int) -> None:
+    def check(self, settings: RunSettings) -> None:
         """Raises ValueError if a T-step solve has too few steps to train."""
-        if self.train_steps > steps:
+        super().check(settings)
+        if self.train_steps > (steps := settings.steps):
             raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {steps}, the solver's steps")
 
 
@@ -56,21 +59,24 @@ class DRaFT(Direct[DRaFTConfig]):
 
     Config = DRaFTConfig
 
-    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
-        steps, noise = self.sampling.steps, rollout.trajectory.x[:, 0]
+    def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
+        steps, noise = tools.steps, rollout.trajectory.x[:, 0]
         rows = rows_of(rollout, range(steps - self.config.train_steps, steps), steps - 1)
-        renoise = torch.randn(len(noise), self.config.low_variance, *noise.shape[1:], generator=generator)
+        renoise = torch.randn(len(noise), self.config.low_variance, *noise.shape[1:], generator=tools.rng)
         return replace(rows, renoise=renoise.to(noise.device))
 
-    def loss(self, player: str, items: Rows, predict: Predict, path: Path) -> Loss:
-        def ask(x: Tensor, t: Tensor) -> Tensor:
-            return predict(x, t, items.condition, player)
+    def loss(self, player: str, items: Items, tools: Tools) -> Loss:
+        assert isinstance(items, DirectRows)
 
-        clean = rollout_with_gradient(ask, items, self.sampling, path, recompute=self.config.train_steps > 1)
-        loss = judged(clean, items, self.sampling, self.config.hinge)
+        def ask(x: Tensor, t: Tensor) -> Tensor:
+            return tools.predict(x, t, items.condition, player)
+
+        clean = rollout_with_gradient(ask, items, tools, recompute=self.config.train_steps > 1)
+        loss = judged(clean, items, tools, self.config.hinge)
         assert items.renoise is not None
-        value, last = loss.value, self.sampling.grid[-2]
+        value, last = loss.value, tools.grid[-2]
         for noise in items.renoise.unbind(1):
-            state = path.mix(clean.detach(), noise, last)
-            value = value + judged(path.clean(state, last, ask(state, last)), items, self.sampling, self.config.hinge).value
+            state = tools.path.mix(clean.detach(), noise, last)
+            again = tools.path.clean(state, last, ask(state, last))
+            value = value + judged(again, items, tools, self.config.hinge).value
         return replace(loss, value=value / (1 + self.config.low_variance))

@@ -30,16 +30,17 @@ Axes: B images, T solver steps, K trained ones.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
-from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
-from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Scores
+from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
+from diffusion.objective import Items, Tools
+from diffusion.solvers import Solver, evaluations
+from diffusion.types import Cost, Loss, Rollout, RunSettings
 
 
 class DRTuneConfig(DirectConfig):
@@ -58,16 +59,19 @@ class DRTuneConfig(DirectConfig):
         0.0, ge=0, description="of the mean squared distance to the frozen network's clean prediction from the same noise; ours"
     )
 
-    def gradient_evaluations(self, steps: int) -> int:
-        """Network evaluations with gradient for one image: at most K."""
-        return self.train_steps
+    def cost(self, solver: Solver, grid: Tensor) -> Cost:
+        """K solver steps with gradient, at most; a solve without, and another one for the reference."""
+        solve = evaluations(solver, grid)
+        return Cost(self.train_steps * solver.evaluations, solve * (2 if self.reference_weight else 1))
 
     def last(self, steps: int) -> int:
         """m for a T-step solve."""
         return max(1, round(self.early_stop * steps))
 
-    def check(self, steps: int) -> None:
+    def check(self, settings: RunSettings) -> None:
         """Raises ValueError if a T-step solve has too few steps to train."""
+        super().check(settings)
+        steps = settings.steps
         executed = steps if self.draw == "full" else steps - self.last(steps) + 1
         if self.train_steps > executed:
             which = "" if self.draw == "full" else f", of which early_stop {self.early_stop} may leave no more to draw from"
@@ -84,11 +88,11 @@ def starts(number: int, among: int) -> int:
     return among - (number - 1) * (among // number)
 
 
-def draw_steps(steps: int, config: DRTuneConfig, generator: torch.Generator) -> tuple[tuple[int, ...], int]:
+def draw_steps(steps: int, config: DRTuneConfig, rng: torch.Generator) -> tuple[tuple[int, ...], int]:
     """(the trained steps S, the last executed step), counted from the noise, 0 .. T-1. S may hold steps after the last."""
 
     def one_of(number: int) -> int:
-        return int(torch.randint(1, number + 1, (), generator=generator))
+        return int(torch.randint(1, number + 1, (), generator=rng))
 
     t_min = one_of(config.last(steps))
     skipped = 0 if config.draw == "full" else t_min - 1
@@ -104,24 +108,24 @@ class DRTune(Direct[DRTuneConfig]):
     """
 
     Config = DRTuneConfig
-    idle_metrics = MappingProxyType({"drtune/trained": 0.0})
 
-    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
-        return rows_of(rollout, *draw_steps(self.sampling.steps, self.config, generator))
+    def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
+        return rows_of(rollout, *draw_steps(tools.steps, self.config, tools.rng))
 
-    def loss(self, player: str, items: Rows, predict: Predict, path: Path) -> Loss:
+    def loss(self, player: str, items: Items, tools: Tools) -> Loss:
+        assert isinstance(items, DirectRows)
         if self.config.reference_weight:
             with torch.no_grad():
                 reference = rollout_with_gradient(
-                    lambda x, t: predict(x, t, items.condition, None), replace(items, trained=()), self.sampling, path
+                    lambda x, t: tools.predict(x, t, items.condition, None), replace(items, trained_steps=()), tools
                 )
         clean = rollout_with_gradient(
-            lambda x, t: predict(x, t, items.condition, player), items, self.sampling, path, detach_input=True
+            lambda x, t: tools.predict(x, t, items.condition, player), items, tools, detach_input=True
         )
-        loss = judged(clean, items, self.sampling, self.config.hinge)
-        metrics = {**loss.metrics, "drtune/trained": float(len(items.trained))}
+        loss = judged(clean, items, tools, self.config.hinge)
+        metrics = {**loss.metrics, "drtune/trained": torch.tensor(float(len(items.trained_steps)))}
         if not self.config.reference_weight:
             return replace(loss, metrics=metrics)
         distance = F.mse_loss(clean, reference)
-        metrics["reference/distance"] = distance.item()
+        metrics["reference/distance"] = distance.detach()
         return replace(loss, value=loss.value + self.config.reference_weight * distance, metrics=metrics)

@@ -1,24 +1,24 @@
 """Neighbor GRPO: explore around one noise, and credit an ODE step as if it had chosen among its neighbours.
 
 arXiv 2511.16955 (CVPR 2026). A prompt's G samples start from noises close to one another (eq. 7) and are solved by any ODE
-solver. In training, and only there, a step is treated as a draw among the G states its group has where it ends: the nearer
-candidate x_i lies to the state y that the model steps to from the state of an anchor k, the likelier it is (eq. 8). A clipped
-policy gradient (eq. 9) on group advantages (eq. 11) then moves y towards the better neighbours: as long as the ratios are 1,
-its gradient is that of -(1 / tau G) sum_i A_i |x_i - y|^2.
+solver. In training only, a step is treated as a categorical choice among the group's G end states: the closer the end state
+x_i is to the state y that the model steps to from the state of an anchor k, the more probable it is (eq. 8). A clipped policy
+gradient (eq. 9) on group advantages (eq. 11) then moves y towards the better neighbours: as long as the ratios are 1, its
+gradient is that of -(1 / tau G) sum_i A_i |x_i - y|^2.
 
-Second-hand: the equations, and the settings that Config calls the paper's, follow published summaries of it and AR-CoPO (arXiv
-2603.17461), which says it takes its clip from there. K = 4 follows from the reported 1.33 network calls with gradient per
-image, (B / G) K.
+Second-hand: the equations, and the settings that Config calls the paper's, follow published summaries of the paper and AR-CoPO
+(arXiv 2603.17461), which states that it takes its clip range from it. K = 4 is inferred from the reported 1.33 network
+evaluations with gradient per image, (B / G) K.
 
 Ours, where those differ or are silent:
 * The distance is a mean over elements. The paper sums, without a temperature: then the policy is one-hot at the anchor, and a
-  change of y by 0.001 per element is far outside a clip of 1e-4. tau = 1 / D is the sum, and wants a wider clip.
-* Old and new policy both take one first-order step. The state a solver of higher order went to is another point, and an old
-  policy measured there starts with ratios that are not 1.
+  change of y by 0.001 per element is far outside a clip of 1e-4. tau = 1 / D gives the sum, and needs a wider clip.
+* Old and new policy both take one first-order step. A solver of higher order ends in another state, and an old policy measured
+  there would start with ratios that are not 1.
 * K steps are drawn for each group, uniformly from `train_window`.
-* Groups whose rewards are all equal or not finite are left out; the loss is the mean over the others. By eq. 11, which knows
-  no scale, rewards that differ by a rounding error count as much as any; with `spread_weights` a group counts by the standard
-  deviation of its rewards, as without the division by it that Dr. GRPO (arXiv 2503.20783) leaves out.
+* Groups whose rewards are all equal or not finite are excluded; the loss is the mean over the others. Eq. 11 removes the scale,
+  so rewards that differ by a rounding error count as much as any; with `spread_weights` a group is weighted by the standard
+  deviation of its rewards, which undoes the division by it, as Dr. GRPO (arXiv 2503.20783) proposes.
 * `reference_weight` pulls predictions to those of the network without adapter.
 
 Axes: N rows, M groups, G members of a group, S solver steps; ... the shape of a state.
@@ -26,9 +26,9 @@ Axes: N rows, M groups, G members of a group, S solver steps; ... the shape of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from torch import Tensor
 
 from align.window import Window, steps_within
-from diffusion.noise import sample_noise
+from diffusion.objective import Items, Objective, Tools
 from diffusion.path import Path
-from diffusion.types import Condition, Items, Loss, Predict, Rollout, Sampling, Scores
+from diffusion.protocols import Predict
+from diffusion.solvers import Solver
+from diffusion.types import Condition, Cost, Loss, Plan, Rollout, RunSettings, Scores
 
 
 class NeighborGRPOConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    needs_reward_gradient: ClassVar[bool] = False
 
     group_size: int = Field(12, ge=2, description="G, samples of a prompt; paper: 12")
     perturbation: float = Field(0.3, gt=0, le=1, description="s, noises of a group correlate by 1 - s^2; paper: 0.3")
@@ -69,20 +72,27 @@ class NeighborGRPOConfig(BaseModel):
             raise ValueError(f"is {anchors}, allowed are 1 to group_size, which is {group_size}")
         return anchors
 
-    def gradient_evaluations(self, steps: int) -> int:
-        """Network evaluations with gradient for one group, if it has a signal: B K U."""
-        return self.anchors * self.train_steps * self.inner_updates
-
     def window(self, steps: int) -> range:
         """Which steps of an S-step solve may be trained."""
         return steps_within(self.train_window, steps)
 
-    def check(self, steps: int) -> None:
-        """Raises ValueError if an S-step solve has too few steps to train."""
+    def cost(self, solver: Solver, grid: Tensor) -> Cost:
+        """B K U with gradient; without, as many for the reference, and B K for the old policy if U > 1."""
+        trained = self.anchors * self.train_steps * self.inner_updates
+        old = self.anchors * self.train_steps if self.inner_updates > 1 else 0
+        return Cost(with_gradient=trained, without=old + (trained if self.reference_weight else 0))
+
+    def check(self, settings: RunSettings) -> None:
+        """Raises ValueError if a solve has too few steps to train, or if standardised rewards leave no spread to weight by."""
+        steps = settings.steps
         if self.train_steps > (number := len(self.window(steps))):
             raise ValueError(
                 f"train_steps is {self.train_steps}, allowed are 1 to {number}: "
                 f"train_window {list(self.train_window)} holds {number} of the solver's {steps} steps"
+            )
+        if self.spread_weights and settings.standardized_rewards:
+            raise ValueError(
+                "objective.spread_weights = True: normalize_then_sum leaves no spread to weight by; allowed: False"
             )
 
 
@@ -123,8 +133,8 @@ def clipped_terms(ratio: Tensor, advantages: Tensor, c: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One row is one anchor at one trained step. The groups' states are kept once; rows point into them."""
+class NeighborRows:
+    """One row is one anchor at one trained step. The groups' states are stored once; rows index them."""
 
     x: Tensor
     """[M, G, S+1, ...] float, the rollouts"""
@@ -146,7 +156,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.group)
 
-    def __getitem__(self, rows: slice) -> Rows:
+    def __getitem__(self, rows: slice) -> NeighborRows:
         old = None if self.old is None else self.old[rows]
         return replace(self, group=self.group[rows], anchor=self.anchor[rows], step=self.step[rows], old=old)
 
@@ -162,87 +172,91 @@ class Rows:
         return log_policy(self.x[self.group, :, self.step + 1], y, tau)
 
 
-class NeighborGRPO:
+class NeighborGRPO(Objective):
     """The objective -J + beta * reference distance.
 
-    Metrics: `ratio/max_log`, the largest |log rho|, which micro-batches join by the maximum; by the mean over rows
-    `ratio/clip_fraction`, the share of terms whose gradient the clip stops, and, with a pull, `reference/distance`.
+    Metrics: `ratio/max_log`, the largest |log rho|; `ratio/clip_fraction`, the share of terms whose gradient the clip stops;
+    and, with a pull, `reference/distance`.
     """
 
     Config = NeighborGRPOConfig
-    players: Sequence[str] = ("policy",)
-    direct = False
-    idle_metrics: Mapping[str, float] = MappingProxyType({"ratio/max_log": 0.0, "ratio/clip_fraction": 0.0})
 
     def __init__(self, config: NeighborGRPOConfig) -> None:
         self.config = config
-        self.group_size = config.group_size
-        self.updates = config.inner_updates
 
-    def equip(self, sampling: Sampling) -> None:
-        raise AssertionError("its pictures come from workers")
+    def plan(self, step: int, steps: int) -> Plan:
+        return Plan(group_size=self.config.group_size, record=range(steps + 1))
 
-    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        return neighbor_noise(sample_noise([shared_seed], shape)[0], sample_noise(seeds, shape), self.config.perturbation)
+    def noise(self, draw: int, shared: Tensor, own: Tensor) -> Tensor:
+        return neighbor_noise(shared, own, self.config.perturbation)
 
-    def record(self, steps: int) -> Sequence[int]:
-        self.config.check(steps)
-        return range(steps + 1)
-
-    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
-        assert scores is not None
-        whole = (-1, self.group_size)
-        ids, x = rollout.group.unflatten(0, whole), rollout.trajectory.x.unflatten(0, whole)
-        assert (ids == ids[:, :1]).all(), "a rollout holds whole groups, one after the other"
-        rewards = scores.total.cpu().unflatten(0, whole)
+    def credit(self, scores: Scores) -> Tensor:
+        """The advantages [B] float64, weighted by spread if asked for; NaN where a group has no signal."""
+        rewards = scores.total.unflatten(0, (-1, self.config.group_size))
         spread = rewards.amax(dim=1) - rewards.amin(dim=1)
-        window = self.config.window(x.shape[2] - 1)
-        # Drawn for dropped groups too, so that the draw of one group does not hang on the rewards of another.
-        step = window.start + _draw(len(x), len(window), self.config.train_steps, generator)
-        anchor = _draw(len(x), self.group_size, self.config.anchors, generator)
-        index = torch.broadcast_tensors(torch.arange(len(x))[:, None, None], anchor[:, None, :], step[:, :, None])
         signal = (spread > 0) & spread.isfinite()
-        group, anchor, step = (i[signal].flatten() for i in index)
         advantages = group_advantages(rewards, self.config.quasi_norm)
         if self.config.spread_weights:
             advantages[signal] *= spread_weights(rewards[signal]).unsqueeze(1)
-        rows = Rows(
+        advantages[~signal] = torch.nan
+        return advantages.flatten()
+
+    def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> NeighborRows:
+        assert credit is not None
+        whole = (-1, self.config.group_size)
+        ids, x, advantages = (
+            rollout.group.unflatten(0, whole),
+            rollout.trajectory.x.unflatten(0, whole),
+            credit.unflatten(0, whole),
+        )
+        assert (ids == ids[:, :1]).all(), "a rollout holds whole groups, one after the other"
+        window = self.config.window(x.shape[2] - 1)
+        # Drawn for excluded groups too, so that the draw of one group does not depend on the rewards of another.
+        step = window.start + _draw(len(x), len(window), self.config.train_steps, tools.rng)
+        anchor = _draw(len(x), self.config.group_size, self.config.anchors, tools.rng)
+        index = torch.broadcast_tensors(torch.arange(len(x))[:, None, None], anchor[:, None, :], step[:, :, None])
+        signal = ~advantages.isnan().any(dim=1)
+        group, anchor, step = (i[signal].flatten() for i in index)
+        rows = NeighborRows(
             x=x,
             t=rollout.trajectory.t,
-            condition=rollout.condition[:: self.group_size],
+            condition=rollout.condition,
             advantages=advantages.to(x.device, torch.promote_types(x.dtype, torch.float32)),
             group=group,
             anchor=anchor,
             step=step,
             old=None,
         )
-        if self.updates == 1 or len(rows) == 0:
+        if self.config.inner_updates == 1 or len(rows) == 0:
             return rows
-        with torch.no_grad():  # G rows at a time: a batch that the rollout has already shown to fit
-            parts = [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
-            old = [part.log_policy(*part.ask(predict, "policy"), path, self.config.temperature) for part in parts]
+        with torch.no_grad():  # G rows at a time: a batch that is known to fit from the rollout
+            parts = [rows[i : i + self.config.group_size] for i in range(0, len(rows), self.config.group_size)]
+            old = [part.log_policy(*part.ask(tools.predict, "policy"), tools.path, self.config.temperature) for part in parts]
         return replace(rows, old=torch.cat(old))
 
-    def loss(self, player: str, items: Items, predict: Predict, path: Path) -> Loss:
-        assert isinstance(items, Rows)
+    def turns(self, step: int, items: Items) -> Iterable[tuple[str, Items]]:
+        return [("policy", items)] * self.config.inner_updates
+
+    def loss(self, player: str, items: Items, tools: Tools) -> Loss:
+        assert isinstance(items, NeighborRows)
         beta, clip = self.config.reference_weight, self.config.clip
         if beta:
             with torch.no_grad():  # before the policy, whose backward pass must find the adapters as its forward pass left them
-                _, reference = items.ask(predict, None)
-        source, prediction = items.ask(predict, player)
-        log_pi = items.log_policy(source, prediction, path, self.config.temperature)
+                _, reference = items.ask(tools.predict, None)
+        source, prediction = items.ask(tools.predict, player)
+        log_pi = items.log_policy(source, prediction, tools.path, self.config.temperature)
         log_ratio = log_pi - (log_pi.detach() if items.old is None else items.old)
         ratio, advantages = log_ratio.exp(), items.advantages[items.group]
         value = -clipped_terms(ratio, advantages, clip).mean()
         stopped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
-        metrics = {"ratio/max_log": log_ratio.abs().max().item(), "ratio/clip_fraction": stopped.float().mean().item()}
+        metrics = {"ratio/max_log": log_ratio.detach().abs().max(), "ratio/clip_fraction": stopped.float().mean()}
         if beta:
             distance = F.mse_loss(prediction, reference)
             value = value + beta * distance
-            metrics["reference/distance"] = distance.item()
+            metrics["reference/distance"] = distance.detach()
         return Loss(value, metrics)
 
 
-def _draw(groups: int, choices: int, number: int, generator: torch.Generator) -> Tensor:
+def _draw(groups: int, choices: int, number: int, rng: torch.Generator) -> Tensor:
     """For each group `number` of 0..choices-1 without replacement, int64 [groups, number]."""
-    return torch.rand(groups, choices, generator=generator).argsort(dim=1)[:, :number]
+    return torch.rand(groups, choices, generator=rng).argsort(dim=1)[:, :number]

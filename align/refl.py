@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from align.direct import Direct, DirectConfig, Rows, judged, rollout_with_gradient, rows_of
+from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
 from align.window import Window, steps_within
-from diffusion.path import Path
-from diffusion.types import Loss, Predict, Rollout, Scores
+from diffusion.objective import Items, Tools
+from diffusion.solvers import Solver, evaluations
+from diffusion.types import Cost, Loss, Rollout, RunSettings
 
 
 class ReFLConfig(DirectConfig):
@@ -32,18 +34,19 @@ class ReFLConfig(DirectConfig):
     )
     hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r. The paper's is 2, for ImageReward")
 
-    def gradient_evaluations(self, steps: int) -> int:
-        """Network evaluations with gradient for one image."""
-        return 1
+    def cost(self, solver: Solver, grid: Tensor) -> Cost:
+        """One solver step with gradient, after a solve without."""
+        return Cost(with_gradient=solver.evaluations, without=evaluations(solver, grid))
 
     def stops(self, steps: int) -> range:
         """The steps of a T-step solve that may be the trained one."""
         return steps_within(self.window, steps)
 
-    def check(self, steps: int) -> None:
+    def check(self, settings: RunSettings) -> None:
         """Raises ValueError if the window holds no step of a T-step solve."""
-        if not self.stops(steps):
-            raise ValueError(f"window is {list(self.window)}, which holds none of {steps} solver steps")
+        super().check(settings)
+        if not self.stops(settings.steps):
+            raise ValueError(f"window is {list(self.window)}, which holds none of {settings.steps} solver steps")
 
 
 class ReFL(Direct[ReFLConfig]):
@@ -51,11 +54,12 @@ class ReFL(Direct[ReFLConfig]):
 
     Config = ReFLConfig
 
-    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Rows:
-        stops = self.config.stops(self.sampling.steps)
-        stop = stops[int(torch.randint(len(stops), (), generator=generator))]
+    def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
+        stops = self.config.stops(tools.steps)
+        stop = stops[int(torch.randint(len(stops), (), generator=tools.rng))]
         return rows_of(rollout, [stop], stop)
 
-    def loss(self, player: str, items: Rows, predict: Predict, path: Path) -> Loss:
-        clean = rollout_with_gradient(lambda x, t: predict(x, t, items.condition, player), items, self.sampling, path)
-        return judged(clean, items, self.sampling, self.config.hinge)
+    def loss(self, player: str, items: Items, tools: Tools) -> Loss:
+        assert isinstance(items, DirectRows)
+        clean = rollout_with_gradient(lambda x, t: tools.predict(x, t, items.condition, player), items, tools)
+        return judged(clean, items, tools, self.config.hinge)

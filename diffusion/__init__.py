@@ -1,8 +1,11 @@
-"""The mathematics and the nouns. torch only; every other room may import this one, and this one imports none.
+"""Mathematics, data types and the Protocols between rooms. torch only; every other room may import it, and it imports none.
 
-types.py      prompts, conditions, trajectories, rollouts, scores; the Protocols between rooms
+types.py      prompts, plans, conditions, trajectories, rollouts, scores, losses
+protocols.py  what rooms expect of each other: networks, adapters, rewards, sources of rollouts
+objective.py  what a training method is
 path.py       how noise and data mix, the network's native prediction, and what follows from it
 solvers.py    euler, heun, dpmpp_2m, unipc: one step each, and the registry SOLVERS
+sde.py        steps that add noise of their own
 ode.py        a whole solve, with gradient only where asked; the coefficient of each prediction in its end
 grid.py       which times a solve visits: time grids, shift, diffusers' own choices
 guidance.py   classifier-free guidance
@@ -22,48 +25,66 @@ from diffusion.grid import (
 )
 from diffusion.guidance import guidance_evaluations, guide, guided
 from diffusion.noise import sample_noise, sample_seed
+from diffusion.objective import Items, Objective, ObjectiveConfig, Tools, adapter_names, players_of
 from diffusion.ode import integrate, prediction_coefficients
 from diffusion.path import Path, RectifiedFlow, VariancePreserving, combine
+from diffusion.protocols import AdapterSet, Codec, Generator, Judge, Predict, RewardModel, Source
+from diffusion.sde import NoisyStep, renoise
 from diffusion.solvers import SOLVERS, History, Node, Predictor, Solver, Step, evaluations
 from diffusion.types import (
-    Codec,
+    About,
     Condition,
-    Items,
-    Judge,
+    Cost,
+    Drawn,
+    Follows,
+    Group,
     Loss,
-    Objective,
-    Predict,
+    Plan,
     Prompt,
-    RewardModel,
     Rollout,
-    Sampling,
+    RunSettings,
     Scores,
+    Trained,
     Trajectory,
 )
 
 __all__ = [
     "SOLVERS",
+    "About",
+    "AdapterSet",
     "Codec",
     "Condition",
+    "Cost",
+    "Drawn",
+    "Follows",
+    "Generator",
+    "Group",
     "History",
     "Items",
     "Judge",
     "Loss",
     "Node",
+    "NoisyStep",
     "Objective",
+    "ObjectiveConfig",
     "Path",
+    "Plan",
     "Predict",
     "Predictor",
     "Prompt",
     "RectifiedFlow",
     "RewardModel",
     "Rollout",
-    "Sampling",
+    "RunSettings",
     "Scores",
     "Solver",
+    "Source",
     "Step",
+    "Tools",
+    "Trained",
     "Trajectory",
     "VariancePreserving",
+    "adapter_names",
     "combine",
     "dpmpp_flow_grid",
     "evaluations",
@@ -72,7 +93,9 @@ __all__ = [
     "guide",
     "guided",
     "integrate",
+    "players_of",
     "prediction_coefficients",
+    "renoise",
     "resolution_shift",
     "sample_noise",
     "sample_seed",

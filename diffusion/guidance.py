@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusion.protocols import Predict
 from diffusion.solvers import Predictor
-from diffusion.types import Condition, Predict
+from diffusion.types import Condition
 
 
 def guide(conditional: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from diffusion.grid import time_grid
 from diffusion.path import Path
+from diffusion.sde import NoisyStep, renoise
 from diffusion.solvers import History, Predictor, Solver, evaluations
 from diffusion.types import Trajectory
 
@@ -21,39 +22,55 @@ def integrate(
     solver: Solver,
     *,
     record: Sequence[int] | None = None,
-    trained: Collection[int] = (),
+    predictions: bool = False,
+    trained_steps: Collection[int] = (),
+    noise: Mapping[int, Tensor] | None = None,
+    noisy_step: NoisyStep = renoise,
 ) -> Trajectory:
     """Solve the sampling ODE from x [B, ...] at grid[0] to grid[-1]; grid [S+1] as `time_grid` takes it.
 
     record: which states to return, as grid indices 0..S, in any order; None for the last one only. They are the states
-    the network was asked at, which in UniPC are the predicted, not the corrected ones.
+    the network was evaluated at, which in UniPC are the predicted, not the corrected ones.
 
-    trained: which steps, 0..S-1, ask the network with gradient. The others ask it under no_grad, but the state itself
-    stays alive from step to step, so a trained step reaches the end of the solve even where all later ones are not
-    trained. With no trained step nothing has a gradient, not even towards x.
+    predictions: also return the network's native predictions at the recorded states; the end of the solve has none.
+
+    trained_steps: which steps, 0..S-1, evaluate the network with gradient. The others do so under no_grad, but the state
+    itself keeps its gradient from step to step, so a trained step reaches the end of the solve even where all later ones are
+    not trained. With no trained step nothing has a gradient, not even towards x.
+
+    noise: {step: standard normal noise [B, ...]}: these steps are `noisy_step`s, one evaluation each, and a multistep solver
+    starts anew after them.
 
     To start late, pass the end of a grid; to stop early, see `stop_early`. To cut the gradient at the network's input,
     pass `lambda x, t: predict(x.detach(), t)`.
 
-    Raises ValueError for a grid that is no time grid, an empty record, and record or trained outside the range above.
+    Raises ValueError for a grid that is no time grid, an empty record, and indices outside the ranges above.
     """
     grid = time_grid(grid)
     steps = len(grid) - 1
     record = [steps] if record is None else sorted(set(record))
+    noise = {} if noise is None else noise
     if not record:
         raise ValueError("record is empty: at least one state must be asked for")
     _check_indices("record", record, steps)
-    _check_indices("trained", trained, steps - 1)
+    _check_indices("trained_steps", trained_steps, steps - 1)
+    _check_indices("noise", noise, steps - 1)
     history: History = ()
-    states = []
-    with torch.set_grad_enabled(len(trained) > 0):
+    states, predicted = [], []
+    with torch.set_grad_enabled(len(trained_steps) > 0):
         for i in range(steps):
+            ask = _Asked(predict, i in trained_steps)
             if i in record:
                 states.append(x)
-            x, history = solver.step(path, _with_grad(predict, i in trained), x, grid[i], grid[i + 1], history)
+            if i in noise:
+                x, history = noisy_step(path, x, grid[i], grid[i + 1], ask(x, grid[i]), noise[i]), ()
+            else:
+                x, history = solver.step(path, ask, x, grid[i], grid[i + 1], history)
+            if predictions and i in record:
+                predicted.append(ask.first)
         if steps in record:
             states.append(x)
-        return Trajectory(torch.stack(states, dim=1), grid[record])
+        return Trajectory(torch.stack(states, dim=1), grid[record], torch.stack(predicted, dim=1) if predicted else None)
 
 
 def prediction_coefficients(path: Path, solver: Solver, grid: Tensor) -> Tensor:
@@ -69,14 +86,27 @@ def prediction_coefficients(path: Path, solver: Solver, grid: Tensor) -> Tensor:
     return integrate(lambda x, t: next(asked)[None], torch.zeros_like(units[:1]), grid, path, solver).x[0, -1]
 
 
-def _with_grad(predict: Predictor, enabled: bool) -> Predictor:
-    def ask(x: Tensor, t: Tensor) -> Tensor:
-        with torch.set_grad_enabled(enabled):
-            return predict(x, t)
+class _Asked:
+    """A predictor with or without gradient, and its first answer: the prediction at the state a step leaves from."""
 
-    return ask
+    def __init__(self, predict: Predictor, with_gradient: bool) -> None:
+        self._predict = predict
+        self._with_gradient = with_gradient
+        self._first: Tensor | None = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self._with_gradient):
+            prediction = self._predict(x, t)
+        if self._first is None:
+            self._first = prediction
+        return prediction
+
+    @property
+    def first(self) -> Tensor:
+        assert self._first is not None
+        return self._first
 
 
 def _check_indices(name: str, indices: Collection[int], last: int) -> None:
     if outside := [i for i in indices if not 0 <= i <= last]:
-        raise ValueError(f"{name} has {outside}, which this grid does not: allowed are 0 to {last}")
+        raise ValueError(f"{name} has {outside}, which this grid does not have: allowed are 0 to {last}")

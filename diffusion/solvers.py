@@ -26,7 +26,7 @@ Axes: B samples. Times are float64 tensors, [] or [B], in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -175,7 +175,11 @@ SOLVERS = {
 }
 
 
-def evaluations(solver: Solver, grid: Tensor) -> int:
-    """How often a solve over the grid [S+1] asks the network; multiply by the guidance's own factor for its price."""
+def evaluations(solver: Solver, grid: Tensor, noisy: Collection[int] = ()) -> int:
+    """How often a solve over the grid [S+1] evaluates the network; guidance multiplies it by a factor of its own.
+
+    noisy: steps that add noise of their own, which take one evaluation each.
+    """
     steps = len(grid) - 1
-    return solver.evaluations * (steps - 1) + 1 if grid[-1] == 0 else solver.evaluations * steps
+    single = {*noisy, *([steps - 1] if grid[-1] == 0 else [])}
+    return solver.evaluations * (steps - len(single)) + len(single)

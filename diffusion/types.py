@@ -1,21 +1,19 @@
-"""The nouns every room shares, and the seams between rooms.
+"""The data every room shares.
 
-Axes: B samples, S solver steps, C channels, H height, W width. Every batch field leads with B.
-Times: t in [0, 1], data at 0, noise at 1, everywhere. Images: float32 NCHW RGB in [0, 1], everywhere.
+Axes: B samples, M groups (prompts), R recorded states, S solver steps, C channels, H height, W width. Every batch field leads
+with its batch axis. Times: t in [0, 1], data at 0, noise at 1, everywhere. Images: float32 NCHW RGB in [0, 1], everywhere.
+
+What rooms expect of each other, the Protocols, is in protocols.py; what a training method is, in objective.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from diffusion.path import Path
-    from diffusion.solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,60 @@ class Prompt:
     """One line of a prompt set."""
 
     id: str
-    """Unique within its prompt set; seeds and paired comparisons hang on it."""
+    """Unique within its prompt set; seeds and paired comparisons depend on it."""
     text: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Extra columns of the prompt file (a target text for OCR, a reference score, ...)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt, to be drawn G times. The unit of work: it is never split between calls."""
+
+    prompt: Prompt
+    seed: int
+    """Shared by the group, 0 to 2^63 - 1."""
+    seeds: Sequence[int]
+    """[G], one for each sample."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one training step asks of the rollout workers."""
+
+    source: Literal["policy", "teacher", "noise", "images"] = "policy"
+    """policy, teacher: solve the sampling ODE with an adapter, or with the frozen network; noise: draw nothing, hand out the
+    initial noise; images: real images as trajectories of one state at t = 0."""
+    adapter: str = "policy"
+    """The adapter that draws where the source is the policy; one of the objective's adapters."""
+    group_size: int = 1
+    """G, samples of one prompt that are scored against each other."""
+    record: Sequence[int] = ()
+    """Which states of an S-step solve to keep, as grid indices 0..S; empty keeps the last one."""
+    predictions: bool = False
+    """Keep the native prediction at the recorded states too."""
+    noisy: Sequence[int] = ()
+    """Solver steps, 0..S-1, that add noise of their own; see `diffusion.integrate`."""
+    scored: bool = True
+    """Decode the last states and score the images."""
+
+    @property
+    def drawing_adapter(self) -> str | None:
+        """The adapter of the solve; None is the frozen network."""
+        return self.adapter if self.source == "policy" else None
+
+    def check(self, steps: int, adapters: Sequence[str]) -> None:
+        """Raises ValueError unless an S-step solve with these adapters can do it."""
+        if self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}, allowed is 1 or more")
+        if outside := [i for i in self.record if not 0 <= i <= steps]:
+            raise ValueError(f"record has {outside}, allowed are 0 to {steps}, the states of {steps} solver steps")
+        if outside := [i for i in self.noisy if not 0 <= i < steps]:
+            raise ValueError(f"noisy has {outside}, allowed are 0 to {steps - 1}, the solver's steps")
+        if self.source == "policy" and self.adapter not in adapters:
+            raise ValueError(f"adapter is {self.adapter!r}, allowed are {', '.join(adapters)}")
+        if self.source == "noise" and self.scored:
+            raise ValueError("scored is True, but source noise draws no image; allowed: False")
 
 
 @dataclass(frozen=True)
@@ -69,53 +117,110 @@ class Trajectory:
     """The states an ODE solve was asked to keep, in solving order (noise first)."""
 
     x: Tensor
-    """[B, R, ...] float; R recorded states, all S+1 of them unless fewer were asked for."""
+    """[B, R, ...] float; R recorded states."""
     t: Tensor
     """[R] float64, strictly decreasing, in [0, 1]."""
+    prediction: Tensor | None = None
+    """[B, R', ...] the network's native predictions at the first R' states, guidance included: R' is R, or R - 1 where the last
+    recorded state is the end of the solve, at which the network is not evaluated. None unless asked for."""
 
     def __post_init__(self) -> None:
         if self.x.shape[1] != self.t.shape[0]:
             raise ValueError(f"{self.x.shape[1]} states but {self.t.shape[0]} times")
 
+    def to(self, device: torch.device | str) -> Trajectory:
+        """The states and predictions on the device; times stay on the CPU."""
+        prediction = None if self.prediction is None else self.prediction.to(device)
+        return replace(self, x=self.x.to(device), prediction=prediction)
+
+    @staticmethod
+    def cat(trajectories: Sequence[Trajectory]) -> Trajectory:
+        """Trajectories over the same times, one after the other."""
+        first = trajectories[0]
+        assert all(torch.equal(trajectory.t, first.t) for trajectory in trajectories), "trajectories of one solve share times"
+        predictions = [trajectory.prediction for trajectory in trajectories if trajectory.prediction is not None]
+        joined = torch.cat(predictions) if predictions else None
+        return Trajectory(torch.cat([trajectory.x for trajectory in trajectories]), first.t, joined)
+
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts turned into images by one frozen set of weights. A prompt's group is never split."""
+    """M groups drawn by one frozen set of weights. A group is never split, and groups lie one after the other."""
 
     prompts: Sequence[Prompt]
-    """[B], each prompt repeated once for every member of its group."""
-    group: Tensor
-    """[B] int64, which group a sample belongs to."""
-    seeds: Tensor
-    """[B] int64, the seed of each sample's initial noise."""
+    """[M]"""
     condition: Condition
-    """[B]"""
+    """[M]; `condition[group]` has a row for each sample"""
+    group: Tensor
+    """[B] int64, 0..M-1, which group a sample belongs to"""
+    seeds: Tensor
+    """[B] int64, the seed of each sample's own noise"""
     trajectory: Trajectory
-    images: Tensor
-    """[B, 3, H, W] float32 in [0, 1]; [0, 3, 0, 0] where nothing was drawn, only noise handed out, for a direct method"""
-    policy_version: int | None
-    """The adapter version that drew it; None for the frozen teacher, whose rollouts never go stale."""
+    """[B]"""
+    version: int | None = None
+    """The version of the adapters that drew it; None where none did: the teacher's never go stale."""
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def sample_prompts(self) -> list[Prompt]:
+        """[B], each prompt once for every sample of its group."""
+        return [self.prompts[i] for i in self.group.tolist()]
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The condition and trajectory on the device; indices and seeds stay on the CPU."""
+        return replace(self, condition=self.condition.to(device), trajectory=self.trajectory.to(device))
+
+    @staticmethod
+    def cat(rollouts: Sequence[Rollout]) -> Rollout:
+        """Rollouts of one version, one after the other; groups are counted on."""
+        if len(rollouts) == 1:
+            return rollouts[0]
+        assert len({rollout.version for rollout in rollouts}) == 1, "rollouts of one step are drawn by one version"
+        starts = [0]
+        for rollout in rollouts:
+            starts.append(starts[-1] + len(rollout.prompts))
+        return Rollout(
+            prompts=[prompt for rollout in rollouts for prompt in rollout.prompts],
+            condition=Condition.cat([rollout.condition for rollout in rollouts]),
+            group=torch.cat([rollout.group + start for rollout, start in zip(rollouts, starts, strict=False)]),
+            seeds=torch.cat([rollout.seeds for rollout in rollouts]),
+            trajectory=Trajectory.cat([rollout.trajectory for rollout in rollouts]),
+            version=rollouts[0].version,
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a source of rollouts hands over: the rollout, and its images while they are where they were drawn."""
+
+    rollout: Rollout
+    images: Tensor | None
+    """[B, 3, H, W] float32 in [0, 1]; None where the plan asks for no scores"""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a reward model thinks of a batch. NaN: there is no score of this image, and no group with it is learned from."""
+    """A reward model's scores of a batch. NaN: there is no score for this image, and its group is excluded from the update."""
 
     total: Tensor
     """[B] float32"""
     parts: Mapping[str, Tensor]
     """{label: [B] float32}; a plain scorer has one part, a mixture one for each member."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """{name: [B] float32}: what a reward says beside its score; it is logged, and nothing else."""
+    """{name: [B] float32}: further values a reward reports; they are logged, and not used otherwise."""
 
+    def to(self, device: torch.device | str) -> Scores:
+        parts = {label: part.to(device) for label, part in self.parts.items()}
+        return Scores(self.total.to(device), parts, {name: values.to(device) for name, values in self.extra.items()})
 
-@dataclass(frozen=True)
-class Loss:
-    value: Tensor
-    """[] float, with gradient"""
-    metrics: Mapping[str, float]
-    known: Mapping[str, int] = field(default_factory=dict)
-    """{metric: rows it is the mean of}, where that is not all of them"""
+    @staticmethod
+    def cat(scores: Sequence[Scores]) -> Scores:
+        """Scores of several batches by the same reward; a batch may lack an extra value, which then has fewer rows."""
+        parts = {label: torch.cat([s.parts[label] for s in scores]) for label in scores[0].parts}
+        extra = {name: torch.cat([s.extra[name] for s in scores if name in s.extra]) for s in scores for name in s.extra}
+        return Scores(torch.cat([s.total for s in scores]), parts, extra)
 
 
 @dataclass(frozen=True)
@@ -133,108 +238,47 @@ class About:
     media: Literal["image", "video"] = "image"
 
 
-@runtime_checkable
-class Predict(Protocol):
-    """A network under a named adapter (None: all adapters off, which is the teacher)."""
-
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
-        """x [B, ...], t [] or [B] in [0, 1] -> the path's native prediction, [B, ...] in x's dtype."""
-        ...
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """Between what people read and look at, and what the network sees."""
-
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Prompt texts -> condition [B]."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, ...] -> images [B, 3, H, W] float32 in [0, 1]."""
-        ...
-
-
-@runtime_checkable
-class RewardModel(Protocol):
-    """Images and their prompts -> scores. Says honestly whether a gradient reaches the images."""
-
-    label: str
-    differentiable: bool
-
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
-        ...
-
-
-class Judge(Protocol):
-    """Decoder and trained rewards in one, with gradient: what a direct method ends in."""
-
-    def __call__(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Clean latents [B, ...] -> Scores over B, with gradient towards the latents where grad mode is on."""
-        ...
+@dataclass(frozen=True)
+class Loss:
+    value: Tensor
+    """[] float, with gradient"""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """{name: [] float}, detached and left on the device: reading them here would synchronise it once for each micro-batch.
+    A name whose last word begins with "max" is a maximum over micro-batches and updates; the others are means over rows."""
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+    """{name: [] number of rows that a metric is the mean of}, where that is not all of them; a mean of 0 rows is left out"""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a run samples and what it scores with, for a method that does both itself, with gradient."""
+class Cost:
+    """Network evaluations of a training step for one group, at most; classifier-free guidance is not included."""
 
-    solver: Solver
-    grid: Tensor
-    """[T+1] float64, as `time_grid` takes it, ending at 0"""
-    judge: Judge
-
-    @property
-    def steps(self) -> int:
-        """T"""
-        return len(self.grid) - 1
+    with_gradient: int
+    without: int
+    """In the learner; what the workers' solves cost follows from the plan."""
 
 
-class Items(Protocol):
-    """What an objective makes of one step's rollouts: independent rows, which the learner slices into micro-batches."""
+@dataclass(frozen=True)
+class RunSettings:
+    """What the rest of an experiment says that a method's config may have to refuse."""
 
-    def __len__(self) -> int: ...
+    steps: int
+    """S, solver steps"""
+    standardized_rewards: bool = False
+    """Rewards are standardised inside each group before they are summed, so their scale is lost."""
+    staleness: int = 0
+    """Versions by which the policy that draws may lag behind the one that learns."""
 
-    def __getitem__(self, rows: slice) -> Items: ...
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter that an optimiser moves."""
 
 
-class Objective(Protocol):
-    """One algorithm: what it wants sampled, and the loss it draws from that.
+@dataclass(frozen=True)
+class Follows:
+    """An adapter that follows another: after each step in which the leader moved, own = decay * own + (1 - decay) * leader."""
 
-    It never calls backward or an optimiser, never loops over micro-batches or ranks, never logs.
-    """
-
-    players: Sequence[str]
-    """The parameter sets it trains, in turn: the policy's adapter, and for adversarial methods a critic."""
-    group_size: int
-    """G, samples of one prompt that are scored against each other."""
-    updates: int
-    """U, optimiser steps of each player on one step's items."""
-    direct: bool
-    """Does it sample with gradient itself? Then workers hand it noise and conditions, without pictures or scores, and whoever
-    owns the networks calls `equip` before anything else."""
-    idle_metrics: Mapping[str, float]
-    """Its figures for a step without items, so that every step has them."""
-
-    def equip(self, sampling: Sampling) -> None:
-        """For a direct one: how to sample, and what to score with."""
-        ...
-
-    def initial_noise(self, shared_seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The noise one group starts from, [G, *shape] float32, as a function of the group's seed and its members'."""
-        ...
-
-    def record(self, steps: int) -> Sequence[int]:
-        """Which states of an S-step solve it needs, as grid indices 0..S."""
-        ...
-
-    def items(self, rollout: Rollout, scores: Scores | None, predict: Predict, path: Path, generator: torch.Generator) -> Items:
-        """Whole groups of rollouts with their scores -> independent rows. `generator` is its only source of chance.
-
-        scores: None for a direct one, whose rollouts hold the noise alone.
-        """
-        ...
-
-    def loss(self, player: str, items: Items, predict: Predict, path: Path) -> Loss:
-        """The mean loss over the rows of a micro-batch."""
-        ...
+    leader: str
+    decay: float
+    """In [0, 1); 0 copies the leader."""

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffusion.types import Prompt, RewardModel, Scores
+from diffusion.protocols import RewardModel
+from diffusion.types import Prompt, Scores
 
 DROPPED = "dropped/"
 """How the figure in `extra` begins that says which pictures a reward has failed on; see `Dropping`."""

@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.types import Prompt, RewardModel, Scores
+from diffusion.protocols import RewardModel
+from diffusion.types import Prompt, Scores
 from rewards.mixture import RewardError, score
 
 Text = str | Sequence[Mapping[str, Any]]

@@ -16,7 +16,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from diffusion.types import Prompt, RewardModel, Scores
+from diffusion.protocols import RewardModel
+from diffusion.types import Prompt, Scores
 from rewards.mixture import DROPPED, RewardError, score
 
 ATTEMPTS = 4

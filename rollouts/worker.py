@@ -1,51 +1,30 @@
-"""Prompts and seeds -> images, with the states on the way. Knows no Ray, no reward and no algorithm.
+"""Prompts and seeds -> rollouts and images. Imports no Ray, no reward and no algorithm.
 
-Axes: B samples, G samples of a group, M rows of a micro-batch, R recorded states of an S-step solve.
+Axes: B samples, M groups of G samples, N rows of a micro-batch, R recorded states of an S-step solve.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion import evaluations, guidance_evaluations, guided, integrate, sample_noise, sample_seed, time_grid
-from diffusion.path import Path
-from diffusion.solvers import Solver
-from diffusion.types import Codec, Condition, Predict, Prompt, Rollout, Trajectory
+from diffusion.grid import time_grid
+from diffusion.guidance import guidance_evaluations, guided
+from diffusion.noise import sample_noise, sample_seed
+from diffusion.ode import integrate
+from diffusion.protocols import Generator
+from diffusion.solvers import Solver, evaluations
+from diffusion.types import Condition, Drawn, Group, Plan, Prompt, Rollout, Trajectory
 
-
-class Generator(Predict, Codec, Protocol):
-    """A network between prompts and pictures."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-
-InitialNoise = Callable[[int, Sequence[int], Sequence[int]], Tensor]
-"""(the group's seed, its G samples' seeds, the shape of one latent) -> [G, *shape] float32; see `Objective.initial_noise`."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One prompt, to be drawn G times. The unit of work: it is never split between calls."""
-
-    prompt: Prompt
-    seed: int
-    """What the group has in common, 0 to 2^63 - 1."""
-    seeds: Sequence[int]
-    """G, one of each sample's own."""
+Noise = Callable[[int, Tensor, Tensor], Tensor]
+"""`Objective.noise`: (draw, shared noise [...], own noise [G, ...]) -> the group's noise [G, ...] float32."""
 
 
 def seed_groups(prompts: Sequence[Prompt], group_size: int, run_seed: int, iteration: int) -> list[Group]:
-    """The groups of all prompts of one iteration. A prompt that comes again in it gets other seeds than before."""
+    """The groups of all prompts of one iteration. A prompt that occurs twice in it gets other seeds the second time."""
     times: Counter[str] = Counter()
     groups = []
     for prompt in prompts:
@@ -56,17 +35,41 @@ def seed_groups(prompts: Sequence[Prompt], group_size: int, run_seed: int, itera
     return groups
 
 
-def own_noise(seed: int, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Every sample from noise of its own, [G, *shape] float32."""
-    return sample_noise(seeds, shape)
+def own_noise(draw: int, shared: Tensor, own: Tensor) -> Tensor:
+    """Every sample starts from noise of its own."""
+    return own
 
 
-class RolloutWorker:
-    """A generator with one way to draw from it.
+def group_noise(group: Group, draw: int, shape: Sequence[int], noise: Noise) -> Tensor:
+    """The noise of a group's draw, [G, *shape] float32. Draw 0 has the group's seeds, later ones hashes of them."""
+    seeds = [group.seed, *group.seeds]
+    if draw:
+        seeds = [sample_seed(seed, draw, group.prompt.id, 0) for seed in seeds]
+    return noise(draw, sample_noise(seeds[:1], shape)[0], sample_noise(seeds[1:], shape))
 
-    The network always sees M rows; where a call's samples run out, the last one fills the rest. Floating-point sums depend on
-    the shape of a batch but not on what its other rows hold, so a group comes out the same to the last bit whatever else is in
-    the call and however groups are spread over workers. Another M gives the same images up to rounding.
+
+def micro_batch_rows(group_size: int, most: int) -> int:
+    """How many samples the network sees in one call: whole groups if `most` allows, otherwise an equal share of one group.
+
+    Micro-batches then hold the same rows for every number of workers, and so give the same floats: rounding depends on a
+    batch's shape and on a row's place in it.
+    """
+    if most >= group_size:
+        return most // group_size * group_size
+    return next(rows for rows in range(most, 0, -1) if group_size % rows == 0)
+
+
+def groups_of_a_micro_batch(group_size: int, most: int) -> int:
+    """How many groups share a micro-batch, and so must stay together when work is split."""
+    return max(1, micro_batch_rows(group_size, most) // group_size)
+
+
+class Worker:
+    """A generator with one way to draw from it; the `Source` of plans whose source is policy, teacher or noise.
+
+    The network always sees N rows; where a call's samples run out, the last one fills the rest. Rounding depends on the shape
+    of a batch but not on the content of its other rows, so a group comes out the same to the last bit whatever else is in the
+    call and however groups are spread over workers. Another N gives the same images up to rounding.
     """
 
     def __init__(
@@ -78,82 +81,86 @@ class RolloutWorker:
         shape: Sequence[int],
         guidance: float = 1.0,
         negative: str = "",
-        initial_noise: InitialNoise = own_noise,
-        record: Sequence[int] | None = None,
-        micro_batch: int = 16,
+        noise: Noise = own_noise,
+        most: int = 16,
     ) -> None:
         """Raises ValueError for a grid that is no time grid.
 
         grid: the times of a solve, [S+1]. shape: of one sample's latents.
-        guidance: the scale; 1 is none. negative: the prompt it leads away from.
-        initial_noise, record: the objective's wishes. record: grid indices 0..S; None is the last one.
-        micro_batch: M. A generator that decodes in slices needs a multiple of a slice, or at most one, for rows to be alike.
+        guidance: the scale; 1 is none. negative: the prompt that guidance moves away from.
+        most: the largest N. A generator that decodes in slices needs a multiple of a slice, or at most one, for rows to be
+        alike.
         """
         self.generator = generator
         self.solver = solver
         self.grid = time_grid(grid)
         self.shape = tuple(shape)
         self.guidance = guidance
-        self.negative = None if guidance == 1 else generator.encode([negative]).repeat(micro_batch)
-        self.initial_noise = initial_noise
-        self.record = [len(self.grid) - 1] if record is None else sorted(set(record))
-        self.micro_batch = micro_batch
+        self.negative = None if guidance == 1 else generator.encode([negative])
+        self.noise = noise
+        self.most = most
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations for one image, guidance counted twice."""
-        return evaluations(self.solver, self.grid) * guidance_evaluations(self.guidance)
+    def nfe(self, plan: Plan) -> int:
+        """Network evaluations for one sample, guidance counted twice."""
+        if plan.source == "noise":
+            return 0
+        return evaluations(self.solver, self.grid, plan.noisy) * guidance_evaluations(self.guidance)
 
     @torch.no_grad()
-    def draw(self, groups: Sequence[Group], *, adapter: str | None = None, version: int | None = None) -> Rollout:
-        """One or more whole groups -> their rollout, in their order, on the generator's device; `group` counts from 0.
+    def take(self, groups: Sequence[Group], plan: Plan, version: int | None = None) -> Drawn:
+        """One or more whole groups -> their rollout and images, in their order, on the generator's device.
 
-        adapter, version: whose policy draws, and which version of it. Both None: the teacher.
+        version: of the policy that the generator holds.
         """
-        assert (adapter is None) == (version is None), "a policy has a version, the teacher has none"
-        index, condition, noise = self._beginning(groups)
-        states, images = [], []
-        for start in range(0, len(index), self.micro_batch):
-            rows = slice(start, start + self.micro_batch)
-            some_states, some_images = self._draw(noise[rows].to(self.generator.device), condition[rows], adapter)
-            states.append(some_states)
-            images.append(some_images)
-        return Rollout(
-            prompts=[groups[i].prompt for i in index.tolist()],
+        assert plan.source != "images", "images come from another source"
+        assert all(len(group.seeds) == plan.group_size for group in groups), "groups are of the plan's size"
+        condition = self.generator.encode([group.prompt.text for group in groups])
+        index = torch.arange(len(groups)).repeat_interleave(plan.group_size)
+        noise = self._noise(groups, 0)
+        images = None
+        if plan.source == "noise":
+            trajectory = Trajectory(noise.unsqueeze(1), self.grid[:1])
+        else:
+            fresh = {step: self._noise(groups, step + 1) for step in plan.noisy}
+            trajectory, images = self._solved(noise, fresh, condition[index], plan)
+        rollout = Rollout(
+            prompts=[group.prompt for group in groups],
+            condition=condition,
             group=index,
             seeds=torch.tensor([seed for group in groups for seed in group.seeds]),
-            condition=condition,
-            trajectory=Trajectory(torch.cat(states), self.grid[self.record]),
-            images=torch.cat(images),
-            policy_version=version,
+            trajectory=trajectory,
+            version=version,
         )
+        return Drawn(rollout, images)
 
-    def start(self, groups: Sequence[Group], *, version: int) -> Rollout:
-        """The same without drawing: conditions, and noise as the only state, for an objective that samples by itself."""
-        index, condition, noise = self._beginning(groups)
-        return Rollout(
-            prompts=[groups[i].prompt for i in index.tolist()],
-            group=index,
-            seeds=torch.tensor([seed for group in groups for seed in group.seeds]),
-            condition=condition,
-            trajectory=Trajectory(noise.unsqueeze(1), self.grid[:1]),
-            images=torch.zeros(0, 3, 0, 0),
-            policy_version=version,
-        )
+    def _noise(self, groups: Sequence[Group], draw: int) -> Tensor:
+        """[B, *shape] float32 on the CPU"""
+        return torch.cat([group_noise(group, draw, self.shape, self.noise) for group in groups])
 
-    def _beginning(self, groups: Sequence[Group]) -> tuple[Tensor, Condition, Tensor]:
-        """Which group each sample is of [B], their conditions [B], and their noise [B, *shape] on the CPU."""
-        index = torch.repeat_interleave(torch.tensor([len(group.seeds) for group in groups]))
-        condition = self.generator.encode([group.prompt.text for group in groups])[index]
-        noise = torch.cat([self.initial_noise(group.seed, group.seeds, self.shape) for group in groups])
-        return index, condition, noise
-
-    def _draw(self, noise: Tensor, condition: Condition, adapter: str | None) -> tuple[Tensor, Tensor]:
-        """noise [N, *shape], N <= M -> the recorded states [N, R, *shape] and the images [N, 3, H, W]."""
-        number = len(noise)
-        filled = torch.arange(self.micro_batch).clamp(max=number - 1)
-        predict = guided(self.generator, condition[filled], adapter=adapter, scale=self.guidance, negative=self.negative)
-        record = {*self.record, len(self.grid) - 1}
-        solve = integrate(predict, noise[filled], self.grid, self.generator.path, self.solver, record=list(record))
-        images = self.generator.decode(solve.x[:, -1])
-        return solve.x[:number, : len(self.record)], images[:number]
+    def _solved(
+        self, noise: Tensor, fresh: dict[int, Tensor], condition: Condition, plan: Plan
+    ) -> tuple[Trajectory, Tensor | None]:
+        """Every sample solved, N rows at a time: the recorded trajectory, and the images if the plan wants them scored."""
+        rows, device, last = micro_batch_rows(plan.group_size, self.most), self.generator.device, len(self.grid) - 1
+        negative = None if self.negative is None else self.negative.repeat(rows)
+        record = sorted({*(plan.record or [last]), last})
+        kept = len(record) if not plan.record or last in plan.record else len(record) - 1
+        parts, images = [], []
+        for start in range(0, len(noise), rows):
+            number = min(rows, len(noise) - start)
+            filled = start + torch.arange(rows).clamp(max=number - 1)
+            solve = integrate(
+                guided(self.generator, condition[filled], adapter=plan.drawing_adapter, scale=self.guidance, negative=negative),
+                noise[filled].to(device),
+                self.grid,
+                self.generator.path,
+                self.solver,
+                record=record,
+                predictions=plan.predictions,
+                noise={step: values[filled].to(device) for step, values in fresh.items()},
+            )
+            if plan.scored:
+                images.append(self.generator.decode(solve.x[:, -1])[:number])
+            prediction = None if solve.prediction is None else solve.prediction[:number]
+            parts.append(Trajectory(solve.x[:number, :kept], solve.t[:kept], prediction))
+        return Trajectory.cat(parts), torch.cat(images) if plan.scored else None

@@ -1,7 +1,7 @@
-"""The hacking watch: is the trained reward bought with what nobody trains?
+"""The watch for reward hacking: the trained reward rises at the expense of what is not trained.
 
-At every evaluation the policy stands against the frozen teacher on the same noise. Once the trained reward is above the
-teacher's, a held-out reward that is not trained should not have fallen, nor should a prompt's pictures have become alike.
+At every evaluation the policy is compared with the frozen teacher on the same noise. Once the trained reward is above the
+teacher's, a held-out reward that is not trained should not have fallen, nor should the images of a prompt have become alike.
 A reward's fall counts when it is both large, beyond the experiment's `watch`, and clear, beyond CLEAR paired standard errors.
 Ours; the limits are judgement, not measurement.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.statistics import paired
 from runtime.experiment.config import WatchSection
-from runtime.roles.build import Evaluated, paired
 
 CLEAR = 3.0
 """Standard errors."""
@@ -19,9 +20,9 @@ CLEAR = 3.0
 
 def watch_metrics(result: Evaluated, teacher: Evaluated, trained: Collection[str]) -> dict[str, float]:
     """`watch/<label>`, how far a reward that is not trained has fallen, in standard deviations of the teacher's scores, and
-    `watch/diversity`, the share of the teacher's diversity that is gone. A rise is negative.
+    `watch/diversity`, the share of the teacher's diversity that is lost. A rise is negative.
 
-    trained: the labels that are, "total" among them. A reward whose scores do not vary is left out.
+    trained: the labels that are trained, "total" among them. A reward whose scores do not vary is left out.
     """
     line = {}
     for label, before in teacher.scores.items():
@@ -35,7 +36,7 @@ def watch_metrics(result: Evaluated, teacher: Evaluated, trained: Collection[str
 
 
 def suspicions(line: dict[str, float], result: Evaluated, teacher: Evaluated, limits: WatchSection) -> list[str]:
-    """What looks like reward hacking in the metrics of an evaluation, a sentence each."""
+    """Reasons to suspect reward hacking in the metrics of an evaluation, a sentence each."""
     if line["heldout/total"] <= line["heldout/base/total"]:
         return []
     found = []

@@ -21,7 +21,7 @@ from rewards.parts.compat import missing
 from runtime.executors.isolation import Child, check_rewards
 from runtime.experiment.checks import PLACES
 from runtime.experiment.config import GeneratorSection, InputError, one_of
-from runtime.roles.build import located
+from runtime.roles.build import resolve_embedded
 
 
 def named_rewards(text: str) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def ready_rewards(text: str, allow_code: bool) -> list[dict[str, Any]]:
     if code := [entry["name"] for entry in named if is_code(entry["name"]) and not allow_code]:
         raise InputError(f"{code[0]!r} is code; it runs only with --allow-code")
     try:
-        entries = located(resolve(named, "rewards"))
+        entries = resolve_embedded(resolve(named, "rewards"))
         check_rewards(entries)
     except ValueError as error:
         raise InputError(str(error)) from None

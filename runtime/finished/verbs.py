@@ -1,4 +1,4 @@
-"""What people do with a run that is there: draw, evaluate, export."""
+"""Commands on an existing run: sample, evaluate, export."""
 
 from __future__ import annotations
 
@@ -9,45 +9,43 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from diffusion import Prompt, sample_seed
+from diffusion import Generator, Group, Plan, Prompt, sample_seed
+from inputs import nearest
 from rollouts.prompts import read_prompts
-from rollouts.worker import Group
+from runtime.evaluation.evaluator import Evaluator
+from runtime.evaluation.heldout import heldout_groups
+from runtime.evaluation.statistics import heldout_metrics
 from runtime.executors.isolation import check_rewards
-from runtime.experiment.config import (
-    Experiment,
-    InputError,
-    RolloutsSection,
-    nearest,
-    read_experiment,
-    validated,
-)
+from runtime.experiment.algorithms import new_objective
+from runtime.experiment.config import Experiment, InputError, RolloutsSection
+from runtime.experiment.yaml import read_experiment, validated
 from runtime.finished.catalogue import named_rewards
-from runtime.roles.build import Evaluator, evaluated_adapter, located, new_generator, pixels, worker
-from runtime.roles.learn import load_adapters
+from runtime.roles.build import add_adapters, evaluated_adapter, new_generator, new_worker, resolve_embedded
+from runtime.roles.learner import read_tensors
+from runtime.roles.scoring import pixels
 from runtime.run.folder import RunFolder
-from runtime.run.loop import heldout_groups, heldout_metrics
 
 FORMATS = ("diffusers",)
 
 
 def read_run(run_dir: Path, *, allow_code: bool = True) -> tuple[Experiment, RunFolder]:
-    """Raises InputError for a folder that holds no run. allow_code: nothing is called yet, so only who calls rewards minds."""
+    """Raises InputError for a folder that holds no run. allow_code: only commands that call the rewards have to ask for it."""
     if not (run_dir / "experiment.yaml").is_file():
         raise InputError(f"{run_dir}: no run there (no experiment.yaml)")
     if "language_model" in yaml.safe_load((run_dir / "experiment.yaml").read_text()):
         raise InputError(
-            f"{run_dir}: is a prompt policy's run, which has no adapter; its language model is in {run_dir / 'export'}"
+            f"{run_dir}: is the run of a prompt policy, which has no adapter; its language model is in {run_dir / 'export'}"
         )
     return read_experiment(run_dir / "experiment.yaml", allow_code=allow_code), RunFolder(run_dir)
 
 
 def changed_rollouts(experiment: Experiment, **changes: Any) -> RolloutsSection:
-    """The experiment's rollouts but for the changes that are not None: what they ask of the objective does not matter now."""
+    """The experiment's rollouts with the changes that are not None; they need not fit the objective, which is not used."""
     given = {key: value for key, value in changes.items() if value is not None}
     return validated({**experiment.rollouts.model_dump(), **given}, RolloutsSection)
 
 
-def trained_generator(experiment: Experiment, folder: RunFolder, step: int | None = None) -> tuple[Any, int]:
+def trained_generator(experiment: Experiment, folder: RunFolder, step: int | None = None) -> tuple[Generator, int]:
     """The generator with the adapters of a checkpoint, the newest unless a step is given; and that checkpoint's step."""
     checkpoints = folder.checkpoints()
     if not checkpoints:
@@ -57,20 +55,22 @@ def trained_generator(experiment: Experiment, folder: RunFolder, step: int | Non
     if step not in checkpoints:
         raise InputError(f"--step {step}: {folder.path} has checkpoints of steps {', '.join(map(str, checkpoints))}")
     generator = new_generator(experiment)
-    load_adapters(generator.adapters, checkpoints[step])
+    add_adapters(generator, experiment, new_objective(experiment))
+    for name in generator.adapters.names:
+        read_tensors(generator.adapters.named_parameters(name), checkpoints[step], name)
     return generator, step
 
 
-def draw_one(run_dir: Path, prompt: str, seed: int, steps: int | None, base: bool, out: Path) -> None:
+def sample_one(run_dir: Path, prompt: str, seed: int, steps: int | None, base: bool, out: Path) -> None:
     experiment, folder = read_run(run_dir)
     rollouts = changed_rollouts(experiment, steps=steps)
     generator, _ = trained_generator(experiment, folder)
     group = Group(Prompt("sample", prompt), seed, [sample_seed(seed, 0, prompt, 0)])
-    adapter = None if base else evaluated_adapter(experiment)
-    one = worker(experiment, generator, rollouts, group_size=1)
-    picture = pixels(one.draw([group], adapter=adapter, version=None if base else 0).images)[0]
+    plan = Plan(source="teacher") if base else Plan(adapter=evaluated_adapter(experiment))
+    images = new_worker(experiment, generator, rollouts).take([group], plan).images
+    assert images is not None
     out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.numpy()).save(out)
+    Image.fromarray(pixels(images)[0].numpy()).save(out)
 
 
 def evaluate_run(
@@ -81,12 +81,12 @@ def evaluate_run(
     solver: str | None,
     allow_code: bool = False,
 ) -> list[dict[str, str]]:
-    """One row a reward: the teacher's mean, the trained adapter's, on the same noise. rewards: see `more_rewards`."""
+    """One row for each reward: the teacher's mean and the trained adapter's on the same noise. rewards: see `more_rewards`."""
     experiment, folder = read_run(run_dir, allow_code=allow_code)
     rollouts = changed_rollouts(experiment, steps=steps, solver=solver)
     experiment = more_rewards(experiment, rewards, allow_code)
     try:
-        check_rewards(located([*experiment.rewards.train, *experiment.rewards.heldout]))
+        check_rewards(resolve_embedded(experiment.all_rewards))
         texts = read_prompts(prompts or experiment.prompts.heldout)
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -111,7 +111,7 @@ def evaluate_run(
 def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool) -> Experiment:
     """The experiment with more held-out rewards, as `named_rewards` reads them. Those it has already stay as they are."""
     raw = experiment.model_dump(mode="json")
-    known = [{"name": entry["label"]} for entry in (*experiment.rewards.train, *experiment.rewards.heldout)]
+    known = [{"name": entry["label"]} for entry in experiment.all_rewards]
     raw["rewards"]["heldout"] += [entry for text in texts for entry in named_rewards(text) if entry not in known]
     return validated(raw, Experiment, allow_code=allow_code)
 

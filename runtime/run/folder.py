@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from runtime.experiment.config import InputError, Section, write_experiment
+from runtime.experiment.config import InputError, Section
+from runtime.experiment.yaml import write_experiment
 
 MAY_CHANGE = ("run.steps", "run.trackers")
 """Keys that may differ when an old folder is continued: steps may grow, trackers may change."""

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from diffusion.types import Codec, Condition, Predict, Prompt, RewardModel, Scores, Trajectory
+from diffusion.protocols import Codec, Predict, RewardModel
+from diffusion.types import Condition, Prompt, Scores, Trajectory
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import rewards
-from diffusion.types import Prompt, RewardModel
+from diffusion.protocols import RewardModel
+from diffusion.types import Prompt
 from rewards.mixture import RewardError, score
 from rewards.parts.compat import missing
 from worlds.glyphs import parse, read_prompts, render

@@ -3,7 +3,8 @@ import pickle
 import pytest
 import torch
 
-from diffusion.types import Prompt, RewardModel, Scores
+from diffusion.protocols import RewardModel
+from diffusion.types import Prompt, Scores
 from rewards.mixture import Mixture, RewardError, normalized_then_summed, score
 from rewards.scorers.brightness import Brightness
 from rewards.scorers.symmetry import Symmetry

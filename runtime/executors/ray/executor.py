@@ -1,216 +1,95 @@
-"""The roles as Ray actors. The only file that imports ray.
+"""The Ray executor: one learner and `rollouts.workers` samplers, each in a process of its own.
 
-The loop's process, the controller, owns every reference and creates every actor, so that all end with it. It holds figures and
-references, never pictures or latents. Workers that die are restarted by Ray, but their calls are made again here, not by Ray:
-a restarted worker has forgotten the policy, and Ray's own retry would sample from it without a word. So every call carries the
-version it wants and where to get it, and the same groups and seeds give the same result wherever and how often they are drawn.
+The loop's process, the controller, owns every reference and creates every actor, so that all end with it. It holds numbers and
+references, never images or latents. Workers that die are restarted by Ray, but their calls are made again here, not by Ray:
+a restarted worker does not hold the policy, and Ray's own retry would sample from it silently. So every call carries the
+version it wants and the weights of it, and the same groups and seeds give the same result wherever and however often they are
+drawn.
 
-The learner is not restarted. When it dies the run fails, and the same command goes on from the newest checkpoint.
+The learner is not restarted. When it dies the run fails, and the same command continues from the newest checkpoint.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-import torch
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from rewards.mixture import RewardError
-from rewards.transport.remote import Host
-from rollouts.worker import Group
-from runtime.executors.inline import Batch, figures
-from runtime.executors.isolation import problem_with, python_of, variables
-from runtime.experiment.config import Experiment, InputError
-from runtime.roles.build import SHOWN, Evaluated, Sampler, Trainer, located, threads
-from runtime.run.signals import signals_blocked, signals_kept
+from diffusion import Group
+from rollouts.worker import groups_of_a_micro_batch
+from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.statistics import IMAGES_PER_PROMPT
+from runtime.executors.messages import Batch, Work, joined
+from runtime.executors.ray.actors import ATTEMPTS, SamplerActor, TrainerActor, isolated_entries, new_host
+from runtime.executors.ray.cluster import connect, resources, without_traceback
+from runtime.executors.ray.store import from_store
+from runtime.experiment.config import Experiment
+from runtime.roles.trainer import Update
 
-ATTEMPTS = 4
-"""How often a call is made before the run fails: a death a minute is bad luck, four in a row are a bug."""
 BACK_OFF = 1.0
-"""Seconds between two questions whether a worker is up again."""
+"""Seconds between two checks whether a worker is up again."""
 LONGEST_START = 1800.0
 """Seconds for a worker to come up again: for its networks to load."""
 MOST_DEAD = 10
-"""So many times in a row the answer that it is dead, and not just away, means that it stays so."""
-
-
-class AskActor:
-    """The way to a scorer that runs in an actor with another interpreter; an `Ask`."""
-
-    def __init__(self, label: str) -> None:
-        # Found by name, not handed over: Ray cannot promise to keep a handle for a worker that is restarted.
-        self._label = label
-        self._host: Any = ray.get_actor(name_of_host(label))
-        self.about: Mapping[str, Any] = self._got(self._host.about.remote())
-
-    def __call__(self, request: bytes) -> bytes:
-        return self._got(self._host.answer.remote(request))
-
-    def _got(self, reference: Any) -> Any:
-        try:
-            return ray.get(reference)
-        except RayTaskError as error:
-            raise RewardError(str(error.cause)) from error
-        except RayActorError as error:
-            raise RewardError(f"reward {self._label}: its process died: {str(error).splitlines()[0]}") from error
-
-
-class SamplerActor:
-    """A Sampler that knows which version of the policy it holds."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        _quiet()
-        self._sampler = Sampler(experiment, elsewhere=lambda entry: AskActor(entry["label"]))
-        self._version: int | None = None
-
-    def _hold(self, version: int, weights: Sequence[ray.ObjectRef]) -> None:
-        if self._version != version:
-            self._sampler.write(from_store(ray.get(weights[0])))
-            self._version = version
-
-    def sample(self, groups: Sequence[Group], version: int, weights: Sequence[ray.ObjectRef]) -> tuple[Any, Any]:
-        """(figures, payload), two objects: the controller reads the first and passes on the second."""
-        self._hold(version, weights)
-        sampled = self._sampler.sample(groups, version)
-        return figures(sampled), to_store(sampled)
-
-    def evaluate(self, groups: Sequence[Group], adapter: str | None, version: int, weights: Sequence[ray.ObjectRef]) -> Any:
-        self._hold(version, weights)
-        return to_store(self._sampler.evaluate(groups, adapter))
-
-    def units(self) -> dict[str, int]:
-        return self._sampler.units
-
-    def process(self) -> int:
-        return os.getpid()
-
-
-class TrainerActor:
-    def __init__(self, experiment: Experiment) -> None:
-        _quiet()
-        self._trainer = Trainer(experiment, elsewhere=lambda entry: AskActor(entry["label"]))
-
-    def update(self, step: int, *sampled: Any) -> dict[str, float]:
-        return self._trainer.update(step, [from_store(part) for part in sampled])
-
-    def read(self) -> Any:
-        return to_store(self._trainer.read())
-
-    def network_evaluations(self) -> tuple[int, int]:
-        return self._trainer.counted.with_gradient, self._trainer.counted.without
-
-    def save(self, folder: Path) -> None:
-        self._trainer.learner.save(folder)
-
-    def load(self, folder: Path) -> None:
-        self._trainer.learner.load(folder)
+"""A worker that is reported dead, not just unavailable, this many times in a row will not come back."""
 
 
 class RayExecutor:
-    """One learner and `rollouts.workers` samplers, each in a process of its own."""
-
     def __init__(self, experiment: Experiment, address: str = "local") -> None:
         """address: "local" starts a cluster that ends with this process; "auto" or an address joins one."""
         self.experiment = experiment
         workers, isolated = experiment.rollouts.workers, isolated_entries(experiment)
         processes = workers + 1 + len(isolated)
         connect(address, processes)
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus_of_a_process(experiment.run.device, processes)}
+        options = resources(experiment.run.device, processes)
         # Kept, because they end with the last reference to them.
         self._hosts = [new_host(experiment, entry, options, address) for entry in isolated.values()]
-        # Handles are Any: their methods come into being at run time.
+        # Handles are Any: their methods are created at run time.
         self._trainer: Any = ray.remote(**options)(TrainerActor).remote(experiment)
         sampler: Any = ray.remote(**options, max_restarts=-1, max_task_retries=0)(SamplerActor)
         self._samplers: list[Any] = [sampler.remote(experiment) for _ in range(workers)]
-        self._version = -1
-        self._weights: Any = None
-        self._units = ray.get([sampler.units.remote() for sampler in self._samplers])[0]
-        self.network_evaluations()
+        self._weights: dict[int, Any] = {}
+        """{version: reference}; as many versions as rollouts may be behind"""
+        self._requested: dict[int, _Calls] = {}
+        self._most = ray.get([sampler.most.remote() for sampler in self._samplers])[0]
+        ray.get(self._trainer.ready.remote())
 
-    def sample(self, groups: Sequence[Group], version: int) -> Batch:
-        assert version == self._version, "on-policy: what is sampled was just published"
-        parts = split(groups, len(self._samplers), self._units["training"])
-        results = self._on_samplers("sample", [(part, version, [self._weights]) for part in parts], returns=2)
-        return joined_batch(ray.get([seen for seen, _ in results]), [payload for _, payload in results])
+    def request(self, work: Work) -> None:
+        parts = split(work.groups, len(self._samplers), groups_of_a_micro_batch(work.plan.group_size, self._most))
+        weights = [self._weights[work.version]]
+        calls = [(part, work.plan, work.version, weights) for part in parts]
+        self._requested[work.step] = _Calls(self._samplers, "sample", calls, self.experiment.rollouts.deadline, returns=2)
 
-    def update(self, step: int, batch: Batch) -> dict[str, float]:
+    def take(self, step: int) -> Batch:
+        results = self._requested.pop(step).results()
+        return joined(ray.get([summary for summary, _ in results]), [payload for _, payload in results])
+
+    def update(self, step: int, batch: Batch, credit: Tensor | None) -> Update:
         try:
-            return ray.get(self._trainer.update.remote(step, *batch.payload))
+            return ray.get(self._trainer.update.remote(step, credit, *batch.payload))
         except RayTaskError as error:
-            raise as_said(error) from None
+            raise without_traceback(error) from None
 
     def publish(self, version: int) -> None:
         # Returned by the learner, not put by it, so that the controller owns it and it outlives the learner.
-        self._version, self._weights = version, self._trainer.read.remote()
+        reference = self._trainer.read.remote()
+        ray.wait([reference], fetch_local=False)
+        self._weights[version] = reference
+        for old in [known for known in self._weights if known < version - self.experiment.rollouts.staleness]:
+            del self._weights[old]
 
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
-        parts = split(groups, len(self._samplers), self._units["evaluation"])
-        results = self._on_samplers("evaluate", [(part, adapter, self._version, [self._weights]) for part in parts], returns=1)
-        return joined_evaluated([from_store(part) for part in ray.get(results)])
-
-    def _on_samplers(self, method: str, calls: Sequence[tuple[Any, ...]], returns: int) -> list[Any]:
-        """One call a sampler; those whose sampler died, or was killed at the deadline, are made again on the next one.
-
-        Returns references, in the calls' order.
-        """
-        done: dict[int, Any] = {}
-        last: Exception | None = None
-        for attempt in range(ATTEMPTS):
-            pending = {}
-            for i, call in enumerate(calls):
-                if i not in done:
-                    sampler = self._samplers[(i + attempt) % len(self._samplers)]
-                    if attempt:
-                        self._wait_for(sampler)
-                    pending[i] = getattr(sampler, method).options(num_returns=returns).remote(*call)
-            deadline = time.monotonic() + self.experiment.rollouts.deadline
-            for i, reference in pending.items():
-                try:
-                    ray.get(reference[0] if returns == 2 else reference, timeout=max(0.0, deadline - time.monotonic()))
-                    done[i] = reference
-                except RayTaskError as error:
-                    raise as_said(error) from None
-                except RayActorError as error:
-                    last = error
-                except GetTimeoutError as error:
-                    last = error
-                    ray.kill(self._samplers[(i + attempt) % len(self._samplers)], no_restart=False)
-            if len(done) == len(calls):
-                return [done[i] for i in range(len(calls))]
-        raise RuntimeError(f"rollout workers died or hung {ATTEMPTS} times in a row on the same groups") from last
-
-    def _wait_for(self, sampler: Any) -> None:
-        """Until it is up again, which takes as long as its networks take to load; a restarting worker refuses calls.
-
-        Raises RuntimeError for one that does not come up.
-        """
-        end, dead = time.monotonic() + LONGEST_START, 0
-        while time.monotonic() < end and dead < MOST_DEAD:
-            try:
-                ray.get(sampler.units.remote(), timeout=max(0.0, end - time.monotonic()))
-                return
-            except ActorUnavailableError:
-                dead = 0
-            except RayActorError:
-                dead += 1
-            except GetTimeoutError:
-                break
-            time.sleep(BACK_OFF)
-        raise RuntimeError("a rollout worker died or hung, and does not come up again")
-
-    def network_evaluations(self) -> tuple[int, int]:
-        return ray.get(self._trainer.network_evaluations.remote())
+        parts = split(groups, len(self._samplers), groups_of_a_micro_batch(IMAGES_PER_PROMPT, self._most))
+        newest = max(self._weights)
+        calls = [(part, adapter, newest, [self._weights[newest]]) for part in parts]
+        results = _Calls(self._samplers, "evaluate", calls, self.experiment.rollouts.deadline, returns=1).results()
+        return Evaluated.cat([from_store(part) for part in ray.get(results)])
 
     def save(self, folder: Path) -> None:
         ray.get(self._trainer.save.remote(folder.resolve()))
@@ -226,77 +105,73 @@ class RayExecutor:
         ray.shutdown()
 
 
-def connect(address: str, processes: int) -> None:
-    """Raises InputError for an address that cannot be used."""
-    common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    with signals_blocked(), signals_kept():
-        if address == "local":
-            # By default Ray's workers are so nice, 15, that beside any other work a run hardly gets on.
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            # Actors wait for each other, so more of them than cores is no harm: ask for as many slots as there are processes.
-            ray.init(address="local", num_cpus=max(processes, os.cpu_count() or 1), include_dashboard=False, **common)
-            return
+class _Calls:
+    """One call for each sampler, made at once; calls whose sampler died or hung are made again on the next sampler."""
+
+    def __init__(self, samplers: Sequence[Any], method: str, calls: Sequence[tuple[Any, ...]], deadline: float, returns: int):
+        """deadline: seconds for all calls of an attempt. returns: how many references a call gives."""
+        self._samplers, self._method, self._calls = samplers, method, calls
+        self._deadline, self._returns = deadline, returns
+        self._done: dict[int, Any] = {}
+        self._attempt = 0
+        self._pending = {i: self._call(i) for i in range(len(calls))}
+        self._end = time.monotonic() + deadline
+
+    def results(self) -> list[Any]:
+        """References in the calls' order. Raises RuntimeError when ATTEMPTS attempts have failed."""
+        while (last := self._wait()) is not None:
+            self._attempt += 1
+            if self._attempt == ATTEMPTS:
+                raise RuntimeError(f"rollout workers died or hung {ATTEMPTS} times in a row on the same groups") from last
+            missing = [i for i in range(len(self._calls)) if i not in self._done]
+            for i in missing:
+                wait_for(self._sampler(i))
+            self._pending = {i: self._call(i) for i in missing}
+            self._end = time.monotonic() + self._deadline
+        return [self._done[i] for i in range(len(self._calls))]
+
+    def _sampler(self, i: int) -> Any:
+        return self._samplers[(i + self._attempt) % len(self._samplers)]
+
+    def _call(self, i: int) -> Any:
+        return getattr(self._sampler(i), self._method).options(num_returns=self._returns).remote(*self._calls[i])
+
+    def _wait(self) -> Exception | None:
+        """Wait for the attempt's calls; the last failure, if there was one."""
+        last: Exception | None = None
+        for i, reference in self._pending.items():
+            try:
+                first = reference[0] if self._returns == 2 else reference
+                ray.get(first, timeout=max(0.0, self._end - time.monotonic()))
+                self._done[i] = reference
+            except RayTaskError as error:
+                raise without_traceback(error) from None
+            except RayActorError as error:
+                last = error
+            except GetTimeoutError as error:
+                last = error
+                ray.kill(self._sampler(i), no_restart=False)
+        return last
+
+
+def wait_for(sampler: Any) -> None:
+    """Until it is up again, which takes as long as its networks take to load; a restarting worker refuses calls.
+
+    Raises RuntimeError for one that does not come up.
+    """
+    end, dead = time.monotonic() + LONGEST_START, 0
+    while time.monotonic() < end and dead < MOST_DEAD:
         try:
-            ray.init(address=address, **common)
-        except (ConnectionError, ValueError) as error:
-            raise InputError(f"--ray {address!r}: {str(error).splitlines()[0]}") from None
-
-
-def isolated_entries(experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """{label: entry} of the rewards that have an environment of their own."""
-    entries = located([*experiment.rewards.train, *experiment.rewards.heldout])
-    return {entry["label"]: entry for entry in entries if entry["env"] is not None}
-
-
-def name_of_host(label: str) -> str:
-    """Unique in a run; every run has a namespace of its own."""
-    return f"reward {label}"
-
-
-def new_host(experiment: Experiment, entry: Mapping[str, Any], options: dict[str, Any], address: str) -> Any:
-    """An actor with the interpreter of the entry's environment that runs its scorer; Ray may repeat calls."""
-    strategy: Any = "DEFAULT" if address == "local" else NodeAffinitySchedulingStrategy(node_with(entry["env"]), soft=False)
-    runtime_env = {"py_executable": str(python_of(entry["env"])), "env_vars": variables()}
-    actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=ATTEMPTS)(Host)
-    actor = actor.options(name=name_of_host(entry["label"]), runtime_env=runtime_env, scheduling_strategy=strategy)
-    return actor.remote(entry, experiment.run.device, threads(experiment))
-
-
-def node_with(env: str) -> str:
-    """The first node on which the environment can be used. Raises InputError where none can."""
-    problems = []
-    look = ray.remote(problem_with)
-    for node in ray.nodes():
-        if node["Alive"]:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            problem = ray.get(look.options(num_cpus=0, scheduling_strategy=here).remote(env))
-            if problem is None:
-                return node["NodeID"]
-            problems.append(f"{node['NodeManagerAddress']}: {problem}")
-    raise InputError(f"env {env!r}: no node can use it: {'; '.join(problems)}")
-
-
-def as_said(error: RayTaskError) -> Exception:
-    """What a reward said, or the learner of its numbers, without the worker's traceback around it; any other error as it is."""
-    for kind in (RewardError, FloatingPointError):
-        if isinstance(error.cause, kind):
-            return kind(str(error.cause))
-    return error
-
-
-def gpus_of_a_process(device: str, processes: int) -> float:
-    """A GPU for every process, or an equal share where there are fewer. Raises InputError for `cuda` without one."""
-    have = ray.cluster_resources().get("GPU", 0)
-    if device.startswith("cuda") and not have:
-        raise InputError(f"run.device = {device!r}: the cluster has no GPU")
-    if device == "cpu" or not have:
-        return 0
-    # So many of a process on one GPU, rounded down to what Ray counts in: a share must never need two of them.
-    return 1.0 if have >= processes else math.floor(1e4 / math.ceil(processes / have)) / 1e4
-
-
-def _quiet() -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            ray.get(sampler.most.remote(), timeout=max(0.0, end - time.monotonic()))
+            return
+        except ActorUnavailableError:
+            dead = 0
+        except RayActorError:
+            dead += 1
+        except GetTimeoutError:
+            break
+        time.sleep(BACK_OFF)
+    raise RuntimeError("a rollout worker died or hung, and did not come up again")
 
 
 def split(groups: Sequence[Group], parts: int, unit: int) -> list[Sequence[Group]]:
@@ -304,63 +179,3 @@ def split(groups: Sequence[Group], parts: int, unit: int) -> list[Sequence[Group
     units = -(-len(groups) // unit)
     bounds = [round(i * units / parts) * unit for i in range(parts + 1)]
     return [groups[a:b] for a, b in pairwise(bounds) if a < b]
-
-
-def joined_batch(seen: Sequence[Batch], payload: Sequence[Any]) -> Batch:
-    return Batch(
-        scores={key: torch.cat([batch.scores[key] for batch in seen]) for key in seen[0].scores},
-        extra={key: torch.cat([b.extra[key] for b in seen if key in b.extra]) for batch in seen for key in batch.extra},
-        nfe=sum(batch.nfe for batch in seen),
-        seconds={key: max(batch.seconds[key] for batch in seen) for key in seen[0].seconds},
-        payload=payload,
-    )
-
-
-def joined_evaluated(parts: Sequence[Evaluated]) -> Evaluated:
-    """Results of several samplers."""
-    return Evaluated(
-        scores={key: torch.cat([part.scores[key] for part in parts]) for key in parts[0].scores},
-        distances=torch.cat([part.distances for part in parts]),
-        pictures=torch.cat([part.pictures for part in parts])[:SHOWN],
-        nfe=sum(part.nfe for part in parts),
-    )
-
-
-class _Stored:
-    """A tensor as Ray shares it without copies: a numpy array, which knows no bfloat16."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.dtype = tensor.dtype
-        plain = tensor.detach().cpu().contiguous()
-        self.array: np.ndarray = (plain.view(torch.int16) if self.dtype == torch.bfloat16 else plain).numpy()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def tensor(self) -> Tensor:
-        # A copy: the array is the store's own memory, and writing to it would change what others read.
-        tensor = torch.from_numpy(self.array.copy())
-        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
-
-
-def to_store(value: Any) -> Any:
-    """The value with its tensors as numpy arrays, however deep in dataclasses, mappings and lists."""
-    return _mapped(value, Tensor, _Stored)
-
-
-def from_store(value: Any) -> Any:
-    """The way back; its tensors are copies, free to be written to."""
-    return _mapped(value, _Stored, _Stored.tensor)
-
-
-def _mapped(value: Any, kind: type, change: Any) -> Any:
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, kind, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_mapped(item, kind, change) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _mapped(getattr(value, f.name), kind, change) for f in fields(value)})
-    return value

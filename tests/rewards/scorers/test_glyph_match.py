@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.types import Prompt, RewardModel
+from diffusion.protocols import RewardModel
+from diffusion.types import Prompt
 from rewards.scorers.glyph_match import Found, GlyphMatch, color_credit, find_things, glyph_credit, grade, place_credit
 from worlds.glyphs import COLORS, GLYPHS, caption, change_one, parse, random_scene, render
 

@@ -1,0 +1,35 @@
+"""What learner processes that share one update exchange: the rank of each is a whole learner on its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Ranks(Protocol):
+    def total(self, rows: int) -> int:
+        """The rows of all ranks together, from the rows of this one: the denominator of the mean."""
+        ...
+
+    def passes(self, number: int) -> int:
+        """The most micro-batches of any rank, from this one's number; a rank with fewer repeats its last one with weight 0."""
+        ...
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Replace each gradient by its sum over the ranks, in place."""
+        ...
+
+
+class OneRank:
+    """One process."""
+
+    def total(self, rows: int) -> int:
+        return rows
+
+    def passes(self, number: int) -> int:
+        return number
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """The sum over one rank."""

@@ -1,0 +1,72 @@
+"""The role that draws and scores training rollouts, and held-out images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffusion import Generator, Group, Plan, Rollout, Scores
+from generators.adapter_weights import AdapterWeights
+from rewards import Elsewhere
+from rollouts.worker import micro_batch_rows
+from runtime.evaluation.evaluator import Evaluated, Evaluator
+from runtime.experiment.algorithms import new_objective
+from runtime.experiment.config import Experiment
+from runtime.roles.build import add_adapters, new_generator, new_worker
+from runtime.roles.scoring import score_in_batches
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Training rollouts with their scores."""
+
+    rollout: Rollout
+    scores: Scores | None
+    """None where the plan asks for none"""
+    nfe: int
+    seconds: Mapping[str, float]
+    """{rollout, reward}"""
+
+
+class Sampler:
+    """Draws groups and scores them.
+
+    most: the rows of a network call, from which an executor works out which groups must stay together.
+    """
+
+    def __init__(self, experiment: Experiment, generator: Generator | None = None, isolated: Elsewhere | None = None) -> None:
+        """generator: one with adapters to share, in a process that also learns; otherwise it loads its own.
+
+        isolated: runs scorers with an environment of their own; in child processes unless given.
+        """
+        objective = new_objective(experiment)
+        if generator is None:
+            generator = new_generator(experiment)
+            add_adapters(generator, experiment, objective)
+        self.generator = generator
+        self.worker = new_worker(experiment, generator, experiment.rollouts, noise=objective.noise)
+        self.evaluator = Evaluator(experiment, generator, experiment.rollouts, isolated)
+        self.most = self.worker.most
+
+    def write(self, weights: Mapping[str, AdapterWeights]) -> None:
+        for name, value in weights.items():
+            self.generator.adapters.write(name, value)
+
+    @torch.no_grad()
+    def sample(self, groups: Sequence[Group], plan: Plan, version: int) -> Sampled:
+        """version: of the adapters that the generator holds."""
+        start = time.perf_counter()
+        drawn = self.worker.take(groups, plan, None if plan.source == "teacher" else version)
+        rollout, seconds = drawn.rollout, time.perf_counter() - start
+        nfe = len(rollout) * self.worker.nfe(plan)
+        if drawn.images is None:
+            return Sampled(rollout, None, nfe, {"rollout": seconds, "reward": 0.0})
+        rows = micro_batch_rows(plan.group_size, self.most)
+        scores = score_in_batches(self.evaluator.trained_reward, drawn.images, rollout.sample_prompts, rows)
+        return Sampled(rollout, scores, nfe, {"rollout": seconds, "reward": time.perf_counter() - start - seconds})
+
+    def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
+        return self.evaluator.evaluate(groups, adapter)

@@ -1,0 +1,156 @@
+"""The role that learns: rollouts and credit into items, and items into updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion import (
+    SOLVERS,
+    Condition,
+    Follows,
+    Generator,
+    Predict,
+    Prompt,
+    RewardModel,
+    Rollout,
+    Scores,
+    Tools,
+    players_of,
+    sample_seed,
+)
+from generators.adapter_weights import AdapterWeights
+from rewards import Elsewhere
+from rewards.mixture import RewardError
+from runtime.experiment.algorithms import new_objective
+from runtime.experiment.config import Experiment
+from runtime.roles.build import (
+    add_adapters,
+    micro_batch,
+    new_generator,
+    roles_of_adapters,
+    time_grid,
+    trained_reward,
+    with_guidance,
+)
+from runtime.roles.learner import Learner, Player
+from runtime.roles.memory import PeakMemory
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one training step did."""
+
+    metrics: Mapping[str, float]
+    with_gradient: int
+    """network evaluations with gradient, one for each sample; guidance counts twice"""
+    without: int
+    """and without"""
+
+
+class Counted:
+    """A network that counts its evaluations, one for each sample: with gradient, and without."""
+
+    def __init__(self, predict: Predict) -> None:
+        self.predict = predict
+        self.with_gradient = 0
+        self.without = 0
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
+        if torch.is_grad_enabled():
+            self.with_gradient += len(x)
+        else:
+            self.without += len(x)
+        return self.predict(x, t, condition, adapter)
+
+
+class Trainer:
+    """Makes items of rollouts, and learns from them."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        generator: Generator | None = None,
+        reward: RewardModel | None = None,
+        isolated: Elsewhere | None = None,
+    ) -> None:
+        """generator, reward: to share, in a process that also samples; otherwise it loads its own.
+
+        isolated: runs scorers with an environment of their own; in child processes unless given.
+        """
+        self.experiment = experiment
+        self.objective = new_objective(experiment)
+        if generator is None:
+            generator = new_generator(experiment)
+            add_adapters(generator, experiment, self.objective)
+        self.generator = generator
+        self.memory = PeakMemory(generator.device)
+        self.reward = reward
+        if self.reward is None and experiment.objective.needs_reward_gradient:
+            self.reward = trained_reward(experiment, isolated)
+        self.counted = Counted(generator)
+        scale, negative = experiment.generator.guidance, generator.encode([""])
+        self.predict = with_guidance(self.counted, scale, negative, self.objective.detach_negative)
+        self.grid = time_grid(experiment, generator, experiment.rollouts)
+        self.learner = Learner(
+            self._players(),
+            self._followers(),
+            steps=experiment.run.steps,
+            micro_batch=micro_batch(experiment, generator),
+            memory=self.memory,
+        )
+
+    def _players(self) -> dict[str, Player]:
+        """Trained adapters, then networks; the first has the experiment's optimizer section, the others their own."""
+        section, adapters = self.experiment.optimizer, self.generator.adapters
+        first, *others = players_of(self.objective)
+        sections = {first: section, **{name: section.of_player(name) for name in others}}
+        found = {}
+        for name, settings in sections.items():
+            if name in self.objective.networks:
+                network = self.objective.networks[name].to(self.generator.device)
+                found[name] = Player(dict(network.named_parameters()), settings, dict(network.named_buffers()))
+            else:
+                found[name] = Player(adapters.named_parameters(name), settings)
+        return found
+
+    def _followers(self) -> dict[str, tuple[Follows, Mapping[str, torch.nn.Parameter]]]:
+        roles = roles_of_adapters(self.experiment, self.objective)
+        adapters = self.generator.adapters
+        return {name: (role, adapters.named_parameters(name)) for name, role in roles.items() if isinstance(role, Follows)}
+
+    def judge(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Decoder and trained rewards, with gradient; latents [B, ...] -> Scores over B."""
+        assert self.reward is not None, "an objective that calls the judge says so by its config's needs_reward_gradient"
+        self.memory.enter("reward")
+        scores = self.reward(self.generator.decode(latents), prompts)
+        self.memory.enter("forward")
+        return scores
+
+    def tools(self, step: int) -> Tools:
+        return Tools(
+            predict=self.predict,
+            path=self.generator.path,
+            solver=SOLVERS[self.experiment.rollouts.solver],
+            grid=self.grid,
+            judge=self.judge,
+            codec=self.generator,
+            rng=torch.Generator().manual_seed(sample_seed(self.experiment.seed, step, "items", 0)),
+        )
+
+    def update(self, step: int, rollouts: Sequence[Rollout], credit: Tensor | None) -> Update:
+        """One training step, numbered from 1, on rollouts in their order; credit [B] over all of them."""
+        before = self.counted.with_gradient, self.counted.without
+        rollout, tools = Rollout.cat(rollouts).to(self.generator.device), self.tools(step)
+        items = self.objective.items(rollout, credit, tools)
+        metrics = self.learner.update(step, self.objective.turns(step, items), self.objective.loss, tools)
+        if self.experiment.objective.needs_reward_gradient and len(items) and "reward/total" not in metrics:
+            raise RewardError(f"no image of step {step} has a score; see the rewards' messages above, or in Ray's logs")
+        return Update(metrics, self.counted.with_gradient - before[0], self.counted.without - before[1])
+
+    def read(self) -> dict[str, AdapterWeights]:
+        """Every adapter, as samplers take them."""
+        return {name: self.generator.adapters.read(name) for name in self.generator.adapters.names}
