@@ -29,7 +29,8 @@ from pydantic_core import ErrorDetails
 
 from align import ALGORITHMS
 from diffusion import SOLVERS
-from generators.load import DTYPES, FAMILIES
+from generators.families import FAMILIES
+from generators.load import DTYPES
 from rewards.registry import is_code, resolve
 
 
