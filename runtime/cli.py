@@ -105,7 +105,8 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="an interactive page, .html, or a picture: .png, .svg, .pdf")] = None,
 ) -> None:
     """A table of runs, and a page or a picture with their curves."""
-    from runtime.experiment.config import InputError, nearest
+    from inputs import nearest
+    from runtime.experiment.config import InputError
     from runtime.finished.compare import AXES, WRITERS, print_table, read_runs
 
     if x not in AXES:
@@ -132,9 +133,9 @@ def sample(
     out: Annotated[Path, typer.Option(help="a PNG file")] = Path("sample.png"),
 ) -> None:
     """Draw one picture."""
-    from runtime.finished.verbs import draw_one
+    from runtime.finished.verbs import sample_one
 
-    draw_one(run_dir, prompt, seed, steps, base, out)
+    sample_one(run_dir, prompt, seed, steps, base, out)
     print(f"wrote {out}")
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
 from diffusion import SOLVERS, RunSettings
-from generators.load import DTYPES, FAMILIES
+from generators.families import FAMILIES
+from generators.load import DTYPES
 from inputs import one_of
 from rewards.registry import is_code, resolve
 from runtime.experiment.algorithms import ALGORITHMS

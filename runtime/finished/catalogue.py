@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from align import ALGORITHMS
 from diffusion import SOLVERS, Prompt
-from generators.load import FAMILIES, family_class
+from generators.families import FAMILIES
 from rewards import REWARDS, build, is_code, knobs, resolve, scorer
 from rewards.parts.compat import missing
 from runtime.executors.isolation import Child, check_rewards
@@ -146,7 +146,7 @@ def description(name: str) -> str:
     elif name in SOLVERS:
         return inspect.getdoc(SOLVERS[name].step) or ""
     elif name in FAMILIES:
-        kind, config = family_class(name), GeneratorSection
+        kind, config = FAMILIES[name].load, GeneratorSection
     else:
         try:
             one_of(name, known)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from PIL import Image
 
-from diffusion import Generator, Group, Plan, Prompt, sample_seed
+from diffusion import Group, Plan, Prompt, sample_seed
 from inputs import nearest
 from rollouts.prompts import read_prompts
 from runtime.evaluation.evaluator import Evaluator
@@ -20,10 +20,13 @@ from runtime.experiment.algorithms import new_objective
 from runtime.experiment.config import Experiment, InputError, RolloutsSection
 from runtime.experiment.yaml import read_experiment, validated
 from runtime.finished.catalogue import named_rewards
-from runtime.roles.build import add_adapters, evaluated_adapter, new_generator, new_worker, resolve_embedded
+from runtime.roles.build import evaluated_adapter, new_generator_with_adapters, new_worker, resolve_embedded
 from runtime.roles.learner import read_tensors
 from runtime.roles.scoring import pixels
 from runtime.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from generators.families.generator import PipelineGenerator
 
 FORMATS = ("diffusers",)
 
@@ -45,7 +48,7 @@ def changed_rollouts(experiment: Experiment, **changes: Any) -> RolloutsSection:
     return validated({**experiment.rollouts.model_dump(), **given}, RolloutsSection)
 
 
-def trained_generator(experiment: Experiment, folder: RunFolder, step: int | None = None) -> tuple[Generator, int]:
+def trained_generator(experiment: Experiment, folder: RunFolder, step: int | None = None) -> tuple[PipelineGenerator, int]:
     """The generator with the adapters of a checkpoint, the newest unless a step is given; and that checkpoint's step."""
     checkpoints = folder.checkpoints()
     if not checkpoints:
@@ -54,8 +57,7 @@ def trained_generator(experiment: Experiment, folder: RunFolder, step: int | Non
         step = max(checkpoints)
     if step not in checkpoints:
         raise InputError(f"--step {step}: {folder.path} has checkpoints of steps {', '.join(map(str, checkpoints))}")
-    generator = new_generator(experiment)
-    add_adapters(generator, experiment, new_objective(experiment))
+    generator = new_generator_with_adapters(experiment, new_objective(experiment))
     for name in generator.adapters.names:
         read_tensors(generator.adapters.named_parameters(name), checkpoints[step], name)
     return generator, step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from rewards.parts.compat import ensure_torchvision
 from rollouts.worker import Worker
 from runtime.executors.isolation import Child
 from runtime.experiment.config import Experiment, SamplingSection, Task
+
+if TYPE_CHECKING:
+    from generators.families.generator import PipelineGenerator
 
 # Before anything imports diffusers or transformers: a torchvision built for another torch breaks their imports.
 ensure_torchvision()
@@ -52,7 +55,7 @@ def evaluated_adapter(experiment: Experiment) -> str:
     return "policy" if experiment.optimizer.ema is None else EMA
 
 
-def new_generator(task: Task) -> Generator:
+def new_generator(task: Task) -> PipelineGenerator:
     """The frozen generator, without adapters."""
     section = task.generator
     set_threads(task)
@@ -65,15 +68,16 @@ def new_generator(task: Task) -> Generator:
     )
 
 
-def add_adapters(generator: Generator, experiment: Experiment, objective: Objective) -> None:
-    """Every adapter of the objective, all with the same first values, and the EMA."""
-    lora, seed = experiment.lora, experiment.seed
+def new_generator_with_adapters(experiment: Experiment, objective: Objective) -> PipelineGenerator:
+    """The frozen generator under every adapter of the objective, all with the same first values, and the EMA."""
+    generator, lora, seed = new_generator(experiment), experiment.lora, experiment.seed
     for name, role in roles_of_adapters(experiment, objective).items():
         trainable = not isinstance(role, Follows)
         if lora.start_from is not None:
             load_lora(generator.adapters, name, Path(lora.start_from), trainable=trainable)
         else:
             generator.adapters.add(name, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed, trainable=trainable)
+    return generator
 
 
 def set_threads(task: Task) -> None:

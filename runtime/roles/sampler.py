@@ -15,7 +15,7 @@ from rollouts.worker import micro_batch_rows
 from runtime.evaluation.evaluator import Evaluated, Evaluator
 from runtime.experiment.algorithms import new_objective
 from runtime.experiment.config import Experiment
-from runtime.roles.build import add_adapters, new_generator, new_worker
+from runtime.roles.build import new_generator_with_adapters, new_worker
 from runtime.roles.scoring import score_in_batches
 
 
@@ -43,12 +43,9 @@ class Sampler:
         isolated: runs scorers with an environment of their own; in child processes unless given.
         """
         objective = new_objective(experiment)
-        if generator is None:
-            generator = new_generator(experiment)
-            add_adapters(generator, experiment, objective)
-        self.generator = generator
-        self.worker = new_worker(experiment, generator, experiment.rollouts, noise=objective.noise)
-        self.evaluator = Evaluator(experiment, generator, experiment.rollouts, isolated)
+        self.generator = generator or new_generator_with_adapters(experiment, objective)
+        self.worker = new_worker(experiment, self.generator, experiment.rollouts, noise=objective.noise)
+        self.evaluator = Evaluator(experiment, self.generator, experiment.rollouts, isolated)
         self.most = self.worker.most
 
     def write(self, weights: Mapping[str, AdapterWeights]) -> None:

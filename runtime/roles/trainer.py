@@ -28,9 +28,8 @@ from rewards.mixture import RewardError
 from runtime.experiment.algorithms import new_objective
 from runtime.experiment.config import Experiment
 from runtime.roles.build import (
-    add_adapters,
     micro_batch,
-    new_generator,
+    new_generator_with_adapters,
     roles_of_adapters,
     time_grid,
     trained_reward,
@@ -83,23 +82,20 @@ class Trainer:
         """
         self.experiment = experiment
         self.objective = new_objective(experiment)
-        if generator is None:
-            generator = new_generator(experiment)
-            add_adapters(generator, experiment, self.objective)
-        self.generator = generator
-        self.memory = PeakMemory(generator.device)
+        self.generator = generator or new_generator_with_adapters(experiment, self.objective)
+        self.memory = PeakMemory(self.generator.device)
         self.reward = reward
         if self.reward is None and experiment.objective.needs_reward_gradient:
             self.reward = trained_reward(experiment, isolated)
-        self.counted = Counted(generator)
-        scale, negative = experiment.generator.guidance, generator.encode([""])
+        self.counted = Counted(self.generator)
+        scale, negative = experiment.generator.guidance, self.generator.encode([""])
         self.predict = with_guidance(self.counted, scale, negative, self.objective.detach_negative)
-        self.grid = time_grid(experiment, generator, experiment.rollouts)
+        self.grid = time_grid(experiment, self.generator, experiment.rollouts)
         self.learner = Learner(
             self._players(),
             self._followers(),
             steps=experiment.run.steps,
-            micro_batch=micro_batch(experiment, generator),
+            micro_batch=micro_batch(experiment, self.generator),
             memory=self.memory,
         )
 

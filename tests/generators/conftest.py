@@ -1,4 +1,4 @@
-"""A tiny random SD3 pipeline with everything the real ones have: dual attention, qk norm, a context-only last block."""
+"""A tiny random SD3 pipeline with all parts of the real ones: dual attention, qk norm, a last block without text output."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +9,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from generators.families.sd3 import SD3Generator
+from diffusion import sample_noise
+from generators.families.sd3.generator import SD3Generator
 from generators.glyphs import networks
+from generators.load import load
 
 T5_WORDS = ["a", "red", "blue", "circle", "seven"]
 
@@ -59,7 +61,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def build_pipeline(tokenizer: CLIPTokenizer, with_t5: bool = False, **scheduler: object) -> StableDiffusion3Pipeline:
-    """Random weights, the same every time; larger than diffusers' own first ones, so that prompts and times matter."""
+    """Random weights, always the same; larger than the initial ones of diffusers, so that prompts and times matter."""
     torch.manual_seed(0)
     t5, t5_tokenizer = new_t5() if with_t5 else (None, None)
     pipeline = StableDiffusion3Pipeline(
@@ -83,7 +85,7 @@ def build_pipeline(tokenizer: CLIPTokenizer, with_t5: bool = False, **scheduler:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Networks this small lose up to 200 times their own time to threads that wait for a busy core."""
+    """With threads that wait for a busy core, networks this small take up to 200 times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -122,12 +124,32 @@ def generator(new_pipeline) -> SD3Generator:
 
 @pytest.fixture
 def randomize():
-    """Give an adapter B matrices that matter."""
+    """Fill the B matrices of an adapter with random values."""
 
     def fill(generator: SD3Generator, name: str, seed: int = 0, std: float = 0.1) -> None:
-        random = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         for key, parameter in generator.adapters.named_parameters(name).items():
             if ".lora_B." in key:
-                parameter.data.normal_(0, std, generator=random)
+                parameter.data.normal_(0, std, generator=rng)
 
     return fill
+
+
+@pytest.fixture
+def trained(folder, randomize) -> SD3Generator:
+    """A generator from disk with a policy whose alpha is not its rank."""
+    generator = load(str(folder))
+    generator.adapters.add("policy", rank=4, alpha=6, targets=["attn", "ff"])
+    randomize(generator, "policy")
+    return generator
+
+
+@pytest.fixture
+def image():
+    """The image [1, 3, H, W] that a stock pipeline makes of a prompt and noise."""
+
+    def sample(pipeline: StableDiffusion3Pipeline, generator: SD3Generator) -> torch.Tensor:
+        noise = sample_noise([5], generator.latent_shape())
+        return pipeline("a red circle", num_inference_steps=3, latents=noise, max_sequence_length=0, output_type="pt").images
+
+    return sample

@@ -34,32 +34,39 @@ def test_a_local_folder(folder):
 
 
 def test_wrong_dtype_and_family(folder):
-    with pytest.raises(ValueError, match="dtype 'bfloat15' is not allowed; allowed: float32, bfloat16; did you mean"):
+    allowed = r"\(allowed: bfloat16, float32\)"
+    with pytest.raises(ValueError, match=rf"dtype 'bfloat15': not known; did you mean 'bfloat16'\? {allowed}"):
         load(str(folder), dtype="bfloat15")
-    assert refused(folder, family="sd4") == "family 'sd4' is not known; allowed: sd3; did you mean 'sd3'?"
+    assert refused(folder, family="sd4") == "family 'sd4': not known; did you mean 'sd3'? (allowed: sd3)"
 
 
 def test_embedded_names():
     assert embedded("embedded:glyphs-clip") == EMBEDDED["glyphs-clip"]
     assert EMBEDDED["glyphs"].parent.joinpath("networks.py").is_file()
-    allowed = "glyphs, glyphs-clip, glyphs-rewriter"
-    expected = f"weights 'embedded:glyps' are not embedded here; allowed: {allowed}; did you mean 'glyphs'?"
+    allowed = "(allowed: glyphs, glyphs-clip, glyphs-rewriter)"
+    expected = f"weights 'embedded:glyps': no such embedded model; did you mean 'glyphs'? {allowed}"
     assert refused("embedded:glyps") == expected
 
 
-def test_folders_that_are_none(tmp_path, folder):
-    assert "there is no such folder; allowed are embedded:NAME, a local diffusers folder" in refused(tmp_path / "none")
+def test_a_gpu_that_is_missing(folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device 'cuda:1': PyTorch sees no GPU \(allowed: cpu\)"):
+        load(str(folder), device="cuda:1")
+
+
+def test_folders_that_are_not_generators(tmp_path, folder):
+    assert "there is no such folder (allowed: embedded:NAME, a local diffusers folder" in refused(tmp_path / "none")
     assert "there is no such folder" in refused("./sd3/medium")
     assert "there is no such folder" in refused("sd3")
-    assert "no model_index.json there, so it is no diffusers pipeline folder" in refused(tmp_path)
-    assert "no model_index.json there" in refused(folder / "model_index.json")
+    assert "not a diffusers pipeline folder (no model_index.json)" in refused(tmp_path)
+    assert "not a diffusers pipeline folder" in refused(folder / "model_index.json")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    assert "are a FluxPipeline, but family sd3 is a StableDiffusion3Pipeline" in refused(tmp_path)
+    assert ": a FluxPipeline, but family sd3 is a StableDiffusion3Pipeline" in refused(tmp_path)
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """An empty cache, and a hub that answers as told."""
+    """An empty cache, and a hub that answers with the given error."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def answer(error: Exception) -> None:
@@ -88,7 +95,7 @@ def response(status: int) -> httpx2.Response:
         ),
         (
             errors.RemoteEntryNotFoundError("404", response=response(404)),
-            "is no StableDiffusion3Pipeline on the hub: a file of one is missing",
+            "lacks a file on the hub: 404",
         ),
         (errors.HfHubHTTPError("500 oops\nmore", response=response(500)), "cannot be read from the hub: 500 oops"),
         (errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"),
@@ -97,11 +104,11 @@ def response(status: int) -> httpx2.Response:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_the_hub_says_is_one_line(hub, error, line):
+def test_errors_of_the_hub_are_one_line(hub, error, line):
     hub(error)
-    said = refused("owner/name")
-    assert said.startswith("weights 'owner/name': ")
-    assert line in said
+    message = refused("owner/name")
+    assert message.startswith("weights 'owner/name': ")
+    assert line in message
 
 
 @pytest.mark.parametrize("error", [KeyError("bug"), OSError(28, "No space left on device")])

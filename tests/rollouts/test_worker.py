@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffusion import SOLVERS, Condition, Prompt, RectifiedFlow, sample_noise, sample_seed
-from generators.families.sd3 import SD3Generator
+from generators.families.sd3.generator import SD3Generator
 from generators.glyphs import networks
 from rollouts import Group, RolloutWorker, seed_groups
 

@@ -51,7 +51,8 @@ class RayExecutor:
         # Kept, because they end with the last reference to them.
         self._hosts = [new_host(experiment, entry, options, address) for entry in isolated.values()]
         # Handles are Any: their methods are created at run time.
-        self._trainer: Any = ray.remote(**options)(TrainerActor).remote(experiment)
+        trainer: Any = ray.remote(**options)(TrainerActor)
+        self._trainer: Any = trainer.remote(experiment)
         sampler: Any = ray.remote(**options, max_restarts=-1, max_task_retries=0)(SamplerActor)
         self._samplers: list[Any] = [sampler.remote(experiment) for _ in range(workers)]
         self._weights: dict[int, Any] = {}

@@ -2,9 +2,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-import generators.families.sd3
+import generators.families.sd3.generator
 from diffusion import SOLVERS, Codec, Predict, RectifiedFlow, flow_grid, guided, integrate, sample_noise
-from generators.families.sd3 import SD3Generator
+from generators.families.sd3.generator import SD3Generator
 from generators.load import load
 from generators.lora_file import save_lora
 
@@ -57,14 +57,14 @@ def test_euler_under_an_adapter_is_the_stock_pipeline_with_its_lora(generator, n
     assert (tuned - base).abs().max() > 0.1
 
 
-def test_pictures_and_other_sizes_are_the_stock_pipelines(new_pipeline):
+def test_images_and_other_sizes_are_the_stock_pipelines(new_pipeline):
     generator = SD3Generator(new_pipeline(use_dynamic_shifting=True), max_sequence_length=0)
     noise = sample_noise([1], generator.latent_shape(24, 16))
     assert noise.shape == (1, 4, 12, 8)
-    pictures = generator.decode(euler(generator, PROMPTS[:1], noise, generator.time_grid(3, 24, 16)))
+    images = generator.decode(euler(generator, PROMPTS[:1], noise, generator.time_grid(3, 24, 16)))
     expected = stock(generator.pipeline, PROMPTS[:1], noise, 3, output_type="pt", height=24, width=16)
-    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
-    assert pictures.shape == (1, 3, 24, 16)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    assert images.shape == (1, 3, 24, 16)
 
 
 def test_a_t5_is_read_and_can_be_left_out(t5_folder):
@@ -76,7 +76,7 @@ def test_a_t5_is_read_and_can_be_left_out(t5_folder):
     assert with_t5.encode(PROMPTS).tensors["tokens"].shape == (2, 12 + 6, 64)
     assert without.pipeline.text_encoder_3 is None
     tokens = without.encode(PROMPTS).tensors["tokens"]
-    assert tokens.shape == (2, 12 + 256, 64)  # diffusers' own zeros, because this model knows a T5
+    assert tokens.shape == (2, 12 + 256, 64)  # zero tokens of diffusers, because this model was trained with a T5
     assert not tokens[:, 12:].any()
 
 
@@ -85,9 +85,9 @@ def test_a_folder_without_a_t5_gets_no_zero_tokens(folder):
 
 
 def test_sequence_length_has_limits(new_pipeline):
-    with pytest.raises(ValueError, match="must be 0 to 512 here, got 513"):
+    with pytest.raises(ValueError, match=r"max_sequence_length 513: out of range \(allowed: 0 to 512\)"):
         SD3Generator(new_pipeline(), max_sequence_length=513)
-    with pytest.raises(ValueError, match="must be 1 to 512 here, got 0"):
+    with pytest.raises(ValueError, match=r"max_sequence_length 0: out of range \(allowed: 1 to 512\)"):
         SD3Generator(new_pipeline(with_t5=True), max_sequence_length=0)
 
 
@@ -101,7 +101,7 @@ def test_it_is_a_frozen_predict_and_codec(generator):
     assert not any(network.training for network in networks)
 
 
-def test_time_may_be_one_for_all_or_one_each(generator):
+def test_time_is_one_for_all_or_one_for_each(generator):
     x, condition = sample_noise([1, 2], generator.latent_shape()), generator.encode(PROMPTS)
     t = torch.tensor([0.3, 0.8], dtype=torch.float64)
     each = generator(x, t, condition, None)
@@ -133,8 +133,8 @@ def test_each_text_is_encoded_once(generator, asked):
     assert not again.tensors["tokens"].requires_grad
 
 
-def test_prompts_used_last_are_kept(generator, asked, monkeypatch):
-    monkeypatch.setattr(generators.families.sd3, "CACHED_PROMPTS", 2)
+def test_the_most_recently_used_prompts_are_kept(generator, asked, monkeypatch):
+    monkeypatch.setattr(generators.families.sd3.generator, "CACHED_PROMPTS", 2)
     for prompts in (["a", "b"], ["a"], ["c"], ["a"], ["b"]):
         generator.encode(prompts)
     assert asked == ["a", "b", "c", "b"]
@@ -166,12 +166,13 @@ def test_encoded_images_are_scaled_latents(generator):
 def test_sizes(generator):
     assert generator.latent_shape() == (4, 8, 8)
     assert generator.latent_shape(width=48) == (4, 8, 24)
+    assert (generator.tokens(), generator.tokens(width=48)) == (4 * 4, 4 * 12)
     for height in (0, 18, 52):
-        with pytest.raises(ValueError, match=f"height {height} is not allowed here: multiples of 4 up to 48"):
+        with pytest.raises(ValueError, match=rf"height {height}: not allowed here \(allowed: multiples of 4 up to 48\)"):
             generator.latent_shape(height)
 
 
-def test_a_shift_of_ones_own(generator, new_pipeline):
+def test_a_fixed_shift(generator, new_pipeline):
     other = SD3Generator(new_pipeline(use_dynamic_shifting=True), max_sequence_length=0)
     assert torch.equal(other.time_grid(5, shift=3.0), generator.time_grid(5))
     assert not torch.equal(other.time_grid(5), generator.time_grid(5))
@@ -179,7 +180,7 @@ def test_a_shift_of_ones_own(generator, new_pipeline):
     assert (grid.dtype, len(grid), grid[0], grid[-1]) == (torch.float64, 6, 1, 0)
 
 
-def test_even_times_are_those_of_a_pipeline_that_brings_its_own(generator):
+def test_even_times_are_those_of_a_pipeline_that_passes_its_own(generator):
     shift = generator.pipeline.scheduler.config.shift
     expected = flow_grid(4, shift=shift, last=0.25)
     torch.testing.assert_close(generator.time_grid(4, even=True), expected, rtol=0, atol=1e-6)

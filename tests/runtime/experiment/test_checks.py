@@ -18,8 +18,8 @@ QUICKSTART = Path(__file__).parents[3] / "experiments" / "quickstart.yaml"
     ("override", "words"),
     [
         ("generator.weights=no/such/folder", "no/such/folder"),
-        ("generator.height=33", "generator: height 33 is not allowed here: multiples of 8 up to 64"),
-        ("lora.targets=atn", "lora: target 'atn' matches no linear layer; did you mean 'attn'"),
+        ("generator.height=33", "generator: height 33: not allowed here (allowed: multiples of 8 up to 64)"),
+        ("lora.targets=atn", "lora: target 'atn': matches no linear layer; did you mean 'attn'"),
         ("lora.start_from=no/such/lora", "lora: LoRA 'no/such/lora': there is no"),
         ("rewards.heldout=[{name: clip_score, weights: no/such/clip}]", "no/such/clip"),
         ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyph-clip'}]", "did you mean 'glyphs-clip'"),

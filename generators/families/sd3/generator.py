@@ -1,13 +1,13 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206) over diffusers: prompts, velocity, pictures.
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206) over diffusers: prompts, velocity, images.
 
 Rectified flow, so the native prediction is the velocity; the network's own clock, 1000 t, exists in this file alone.
 
-Text: two CLIP encoders and a T5, of which diffusers reads `max_sequence_length` tokens. Without the T5 it puts as many zero
-tokens in their place. Models that were trained with a T5 know those zeros, since the paper drops it at random; the embedded
-world, which never had one, is trained and sampled with none, `max_sequence_length=0`.
+Text: two CLIP encoders and a T5, of which diffusers reads `max_sequence_length` tokens. Without the T5, diffusers inserts as
+many zero tokens instead. Models trained with a T5 have seen those zeros, because the paper drops the T5 at random; the embedded
+teacher never had one, and is trained and sampled without zero tokens, `max_sequence_length=0`.
 
 Precision: transformer and text encoders in the base dtype, adapters in float32 (lora.py), the VAE always in float32,
-because bfloat16 near 1 has steps of 1/256, those of an 8-bit picture.
+because bfloat16 near 1 has steps of 1/256, those of an 8-bit image.
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import Condition, RectifiedFlow, time_grid
+from generators.families.sd3 import SD3
 from generators.lora import Adapters
-from generators.outline import check_grid, latent_shape
-from generators.targets import SHORT_NAMES
 
 T5_TOKENS = 256
-"""diffusers' own default."""
-WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
-"""What makes diffusers neither download nor load it."""
+"""The default of diffusers."""
 CACHED_PROMPTS = 1024
-"""How many encoded prompts stay in main memory, those used last; with a T5 each takes 2.7 MB."""
+"""The encoded prompts kept in main memory, the most recently used ones; with a T5 each takes 2.7 MB."""
 
 
 class SD3Generator:
-    """A frozen SD3 pipeline under named adapters. Implements `Predict` and `Codec`."""
+    """A frozen SD3 pipeline under named adapters. Implements `PipelineGenerator`."""
 
+    family = SD3
     path = RectifiedFlow()
 
     def __init__(
@@ -51,21 +49,22 @@ class SD3Generator:
     ) -> None:
         """Freezes the pipeline's networks, on the device and in the dtypes they have.
 
-        pipeline: a StableDiffusion3Pipeline; diffusers' classes are Any here because they grow their attributes at run time.
+        pipeline: a StableDiffusion3Pipeline; Any, because diffusers' classes get their attributes at run time.
         max_sequence_length: T5 tokens, 1 to 512; without a T5, zero tokens in their place, 0 to 512.
-        gradient_checkpointing: keep block inputs only, and compute the blocks again in backward (network and VAE).
-        slice_size: how many pictures the VAE handles at a time; None: one megapixel of them, at most 32.
+        gradient_checkpointing: store block inputs only, and recompute the blocks in backward (network and VAE).
+        slice_size: the number of images that the VAE processes at a time; None: one megapixel of them, at most 32.
         """
         least = 0 if pipeline.text_encoder_3 is None else 1
         if not least <= max_sequence_length <= 512:
-            raise ValueError(f"max_sequence_length must be {least} to 512 here, got {max_sequence_length}")
+            raise ValueError(f"max_sequence_length {max_sequence_length}: out of range (allowed: {least} to 512)")
         pipeline.set_progress_bar_config(disable=True)
         for network in pipeline.components.values():
             if isinstance(network, nn.Module):
                 network.requires_grad_(False).eval()
         self.pipeline = pipeline
         self.transformer = pipeline.transformer
-        self.adapters = Adapters(self.transformer, SHORT_NAMES["sd3"])
+        self.adapters = Adapters(self.transformer, SD3.short_names)
+        self.geometry = SD3.geometry({"transformer": self.transformer.config, "vae": pipeline.vae.config})
         self.device: torch.device = pipeline.device
         self.dtype: torch.dtype = self.transformer.dtype
         self.max_sequence_length = max_sequence_length
@@ -90,12 +89,12 @@ class SD3Generator:
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts, "" being the usual negative one, to tokens [B, L, D] and pooled [B, P] on the device in the base dtype.
 
-        Each text is encoded once and by itself, so that its numbers do not depend on its neighbours. Whatever exceeds the
-        encoders' length is cut off, with diffusers' own warning.
+        Each text is encoded once and by itself, so that its values do not depend on the rest of the batch. Text beyond the
+        encoders' length is cut off, with a warning from diffusers.
         """
         kept = self._encoded
         rows = {text: kept.pop(text) if text in kept else self._encode_one(text) for text in dict.fromkeys(prompts)}
-        kept |= rows  # popped and put back, so that those used last stand last
+        kept |= rows  # popped and put back, so that the most recently used come last
         for text in list(kept)[:-CACHED_PROMPTS]:
             del kept[text]
         return Condition.cat([rows[text] for text in prompts]).to(self.device)
@@ -125,7 +124,7 @@ class SD3Generator:
         return self._in_slices(self._encode_images, images, 1)
 
     def _in_slices(self, function: Callable[[Tensor], Tensor], batch: Tensor, factor: int) -> Tensor:
-        """batch [B, C, h, w], for pictures `factor` times as high and wide."""
+        """batch [B, C, h, w], for images `factor` times as high and wide."""
         pixels = batch.shape[2] * batch.shape[3] * factor**2
         size = self._slice_size or max(1, min(32, 2**20 // pixels))
         if self.gradient_checkpointing and batch.requires_grad:
@@ -143,8 +142,12 @@ class SD3Generator:
         return (mean - config.shift_factor) * config.scaling_factor
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture in pixels; see `generators.outline.latent_shape`."""
-        return latent_shape(self.transformer.config, self.pipeline.vae_scale_factor, height, width)
+        """(C, h, w) of the latents of an image in pixels; see `Geometry.latent_shape`."""
+        return self.geometry.latent_shape(height, width)
+
+    def tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """The number of image tokens of an image in pixels; see `Geometry.tokens`."""
+        return self.geometry.tokens(height, width)
 
     def time_grid(
         self,
@@ -154,13 +157,14 @@ class SD3Generator:
         shift: float | None = None,
         even: bool = False,
     ) -> Tensor:
-        """The times the stock pipeline would visit, [S+1] float64 from noise to 0: those of its own scheduler.
+        """The times that the stock pipeline visits, those of its own scheduler: [S+1] float64 from noise to 0.
 
         height, width: pixels; they matter where the scheduler's shift depends on the resolution.
         shift: a fixed one instead of the scheduler's.
-        even: before the shift 1, (S-1)/S .. 1/S, as FLUX's pipeline asks, where the scheduler's own last one is nearly 0.
+        even: times before the shift are 1, (S-1)/S .. 1/S, as in FLUX's pipeline; the scheduler's own last one is nearly 0.
+        Raises ValueError for a shift or even times that the scheduler does not support.
         """
-        check_grid({"_class_name": type(self.pipeline.scheduler).__name__, **self.pipeline.scheduler.config}, shift, even)
+        SD3.check_grid({"_class_name": type(self.pipeline.scheduler).__name__, **self.pipeline.scheduler.config}, shift, even)
         overridden = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config, **overridden)
         asked = {"sigmas": [1 - i / steps for i in range(steps)]} if even else {"num_inference_steps": steps}
@@ -168,13 +172,23 @@ class SD3Generator:
         return time_grid(scheduler.sigmas)
 
     def _dynamic_shift(self, config: dict, height: int | None, width: int | None) -> dict[str, float]:
-        """The pipeline's `mu`, if its scheduler asks for one."""
+        """The pipeline's `mu`, if its scheduler shifts by resolution."""
         if not config.get("use_dynamic_shifting"):
             return {}
-        _, h, w = self.latent_shape(height, width)
-        tokens = (h // self.transformer.config.patch_size) * (w // self.transformer.config.patch_size)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return {"mu": calculate_shift(tokens, *(config[name] for name in names))}
+        return {"mu": calculate_shift(self.tokens(height, width), *(config[name] for name in names))}
+
+    def sample_stock(self, pipeline: Any, noise: Tensor, steps: int) -> Tensor:
+        """The latents that a StableDiffusion3Pipeline makes of noise; see `PipelineGenerator.sample_stock`."""
+        condition = self.encode([""]).tensors
+        return pipeline(
+            prompt_embeds=condition["tokens"],
+            pooled_prompt_embeds=condition["pooled"],
+            latents=noise,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            output_type="latent",
+        ).images.float()
 
 
 def load_sd3(
@@ -183,21 +197,17 @@ def load_sd3(
     dtype: torch.dtype,
     device: torch.device | str,
     gradient_checkpointing: bool,
-    t5: bool,
-    max_sequence_length: int | None,
+    t5: bool = True,
+    max_sequence_length: int | None = None,
 ) -> SD3Generator:
-    """A generator from a local diffusers folder.
-
-    t5: False leaves out the T5 of a folder that has one (9.5 GB in SD3.5), for zero tokens in its place.
-    max_sequence_length: None is 256, as in diffusers, for a folder that comes with a T5, and 0 for one that does not.
-    """
+    """A generator from a local diffusers folder. t5, max_sequence_length: see `generators.families.sd3`."""
     index = json.loads((folder / "model_index.json").read_text())
     ships_t5 = index.get("text_encoder_3", [None, None])[1] is not None
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         folder,
         dtype={"default": dtype, "vae": torch.float32},
         local_files_only=True,
-        **({} if ships_t5 and t5 else WITHOUT_T5),
+        **({} if ships_t5 and t5 else dict.fromkeys(SD3.optional["t5"])),
     )
     if max_sequence_length is None:
         max_sequence_length = T5_TOKENS if ships_t5 else 0

@@ -14,7 +14,7 @@ from generators.glyphs.train import CLIP_MEAN, CLIP_STD, tokenize
 from rewards.scorers.glyph_match import GlyphMatch
 from worlds.glyphs import HELDOUT_THINGS, caption, parse, random_scene, read_prompts, render
 
-FOLDER = Path(__file__).parents[2] / "generators" / "glyphs"
+FOLDER = Path(__file__).parents[3] / "generators" / "glyphs"
 
 
 @pytest.fixture(scope="module")
