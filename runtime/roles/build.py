@@ -17,13 +17,13 @@ from diffusion import (
     Generator,
     Objective,
     Predict,
-    RewardModel,
     adapter_names,
     guided,
 )
 from generators import embedded, load
 from generators.lora_file import load_lora
 from rewards import Elsewhere, build
+from rewards.mixture import Mixture
 from rewards.parts.compat import ensure_torchvision
 from rollouts.worker import Worker
 from runtime.executors.isolation import Child
@@ -148,6 +148,6 @@ def in_children(task: Task) -> Elsewhere:
     return lambda entry: Child(entry, task.run.device, threads(task))
 
 
-def trained_reward(task: Task, isolated: Elsewhere | None = None) -> RewardModel:
+def trained_reward(task: Task, isolated: Elsewhere | None = None) -> Mixture:
     """The mixture that is trained. isolated: runs scorers with an environment of their own; in child processes unless given."""
     return build(resolve_embedded(task.rewards.train), "rewards.train", isolated or in_children(task))
