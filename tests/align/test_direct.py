@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from align.alignprop import AlignProp, AlignPropConfig
-from align.direct import Rows, judged, reward_loss, rollout_with_gradient, rows_of
+from align.direct import DirectRows, judged, reward_loss, rollout_with_gradient, rows_of
 from align.draft import DRaFT, DRaFTConfig
 from align.drtune import DRTune, DRTuneConfig, draw_steps, equally_spaced, starts
 from align.refl import ReFL, ReFLConfig
@@ -19,7 +19,7 @@ from diffusion import (
     Prompt,
     RectifiedFlow,
     Rollout,
-    Sampling,
+    RunSettings,
     Scores,
     Trajectory,
     VariancePreserving,
@@ -27,6 +27,7 @@ from diffusion import (
     prediction_coefficients,
     stop_early,
 )
+from tests.tools import tools as tools_around
 
 T = 10
 GRID = torch.linspace(1, 0, T + 1, dtype=torch.float64) ** 1.3
@@ -79,15 +80,15 @@ def path(request):
 def rows(trained, stop=T - 1, number=4):
     noise = torch.randn(number, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     prompts = [Prompt(str(i), "x") for i in range(number)]
-    return Rows(noise, Condition({"x": torch.zeros(number, 1)}), prompts, tuple(trained), stop)
+    return DirectRows(noise, Condition({"x": torch.zeros(number, 1)}), prompts, tuple(trained), stop)
 
 
-def sampling(solver=SOLVERS["euler"], grid=GRID):
-    return Sampling(solver, grid, judge)
+def tools(network=None, path=PATHS["flow"], solver=SOLVERS["euler"], seed=0, judge=judge):
+    return tools_around(network, path, seed=seed, solver=solver, grid=GRID, judge=judge)
 
 
 def drtuned(network, some, solver, path):
-    return rollout_with_gradient(network, some, sampling(solver), path, detach_input=True)
+    return rollout_with_gradient(network, some, tools(network, path, solver), detach_input=True)
 
 
 def explicit_sum(network, some, solver, path):
@@ -105,7 +106,7 @@ def explicit_sum(network, some, solver, path):
     (adjoint,) = torch.autograd.grad(-judge(clean, some.prompts).total.mean(), clean)
     coefficients = prediction_coefficients(path, solver, grid)
     total = 0.0
-    for i in some.trained:
+    for i in some.trained_steps:
         x, t = seen[i]
         total = total + coefficients[i] * gradient((network(x, t) * adjoint).sum(), network)
     return total
@@ -114,7 +115,7 @@ def explicit_sum(network, some, solver, path):
 @pytest.mark.parametrize(("trained", "stop"), [((0, 3, 6), 9), ((1, 4, 7), 7), ((2, 5), 8), ((0,), 9), (range(10), 9)])
 def test_the_gradient_is_the_explicit_sum(solver, path, trained, stop):
     network, some = Network(), rows(trained, stop)
-    loss = judged(drtuned(network, some, solver, path), some, sampling(solver), None)
+    loss = judged(drtuned(network, some, solver, path), some, tools(network, path, solver), None)
     torch.testing.assert_close(gradient(loss.value, network), explicit_sum(network, some, solver, path), rtol=1e-10, atol=1e-12)
 
 
@@ -128,7 +129,7 @@ def test_ddim_telescopes():
 
 def test_a_network_blind_to_its_input_gets_the_whole_gradient(solver, path):
     network, some = Network(sees_input=False), rows(range(T))
-    full = rollout_with_gradient(network, some, sampling(solver), path)
+    full = rollout_with_gradient(network, some, tools(network, path, solver))
     cut = drtuned(network, some, solver, path)
     assert torch.equal(full, cut)
     expected = gradient(-judge(full, some.prompts).total.mean(), network)
@@ -137,7 +138,7 @@ def test_a_network_blind_to_its_input_gets_the_whole_gradient(solver, path):
 
 def test_a_network_that_sees_its_input_does_not(solver, path):
     network, some = Network(), rows(range(T))
-    full = gradient(rollout_with_gradient(network, some, sampling(solver), path).sum(), network)
+    full = gradient(rollout_with_gradient(network, some, tools(network, path, solver)).sum(), network)
     cut = gradient(drtuned(network, some, solver, path).sum(), network)
     assert (full - cut).norm() > 0.01 * full.norm()
 
@@ -147,7 +148,7 @@ def test_bookkeeping_does_not_change_the_images(solver, path, arguments):
     network = Network()
     with torch.no_grad():
         plain = integrate(network, rows(()).noise, stop_early(GRID, 7), path, solver).x[:, -1]
-    got = rollout_with_gradient(network, rows((0, 3, 6), 7), sampling(solver), path, **arguments)
+    got = rollout_with_gradient(network, rows((0, 3, 6), 7), tools(network, path, solver), **arguments)
     assert got.requires_grad
     assert torch.equal(got, plain)
 
@@ -163,7 +164,7 @@ def test_the_gradient_is_bounded_where_the_full_one_is_not():
     some = rows(range(T))
 
     def slope(**arguments):
-        clean = rollout_with_gradient(lambda x, t: factor * x, some, sampling(), RectifiedFlow(), **arguments)
+        clean = rollout_with_gradient(lambda x, t: factor * x, some, tools(), **arguments)
         return torch.autograd.grad(clean.sum(), factor)[0].abs().item()
 
     states = integrate(lambda x, t: factor * x, some.noise, GRID, RectifiedFlow(), SOLVERS["euler"], record=range(T)).x
@@ -177,10 +178,12 @@ def test_at_most_k_evaluations_have_a_gradient(solver, path):
     for config in (DRTuneConfig(train_steps=3), DRTuneConfig(train_steps=2, draw="prefix")):
         for seed in range(20):
             network = Network()
-            method = equipped(DRTune(config), solver)
-            items = method.items(rollout(), None, network, path, torch.Generator().manual_seed(seed))
-            method.loss("policy", items, network, path)
-            assert 0 < network.calls[True] <= config.gradient_evaluations(T) * len(items)
+            method, given = DRTune(config), tools(network, path, solver, seed)
+            items = method.items(rollout(), None, given)
+            method.loss("policy", items, given)
+            cost = config.cost(solver, GRID)
+            assert 0 < network.calls[True] <= cost.with_gradient * len(items)
+            assert network.calls[False] <= cost.without * len(items)
             assert network.calls[True] + network.calls[False] == (items.stop + 1) * len(items)
 
 
@@ -238,7 +241,7 @@ def test_how_many_steps_are_trained():
 
 def test_a_step_without_trained_steps_has_no_rows():
     assert len(rows_of(rollout(), (8, 9), 7)) == 0
-    assert rows_of(rollout(), (3, 6, 9), 7).trained == (3, 6)
+    assert rows_of(rollout(), (3, 6, 9), 7).trained_steps == (3, 6)
 
 
 # The methods
@@ -246,43 +249,32 @@ def test_a_step_without_trained_steps_has_no_rows():
 
 def rollout(number=4):
     some = rows((), number=number)
-    return Rollout(
-        some.prompts,
-        torch.arange(number),
-        torch.arange(number),
-        some.condition,
-        Trajectory(some.noise[:, None], GRID[:1]),
-        torch.zeros(0, 3, 0, 0),
-        0,
-    )
-
-
-def equipped(method, solver=SOLVERS["euler"], grid=GRID):
-    method.equip(sampling(solver, grid))
-    return method
+    index = torch.arange(number)
+    return Rollout(some.prompts, some.condition, index, index, Trajectory(some.noise[:, None], GRID[:1]), 0)
 
 
 def loss_gradient(method, network, path, seed=0, solver=SOLVERS["euler"]):
-    items = equipped(method, solver).items(rollout(), None, network, path, torch.Generator().manual_seed(seed))
-    return gradient(method.loss("policy", items, network, path).value, network), items
+    given = tools(network, path, solver, seed)
+    items = method.items(rollout(), None, given)
+    return gradient(method.loss("policy", items, given).value, network), items
 
 
 def test_refl_is_drtune_with_the_stop_alone_trained(solver, path):
     network = Network()
     got, items = loss_gradient(ReFL(ReFLConfig()), network, path, solver=solver)
-    assert items.trained == (items.stop,)
+    assert items.trained_steps == (items.stop,)
     assert items.stop in (8, 9)
     some = replace(rows((items.stop,), items.stop))
-    expected = gradient(judged(drtuned(network, some, solver, path), some, sampling(solver), None).value, network)
+    expected = gradient(judged(drtuned(network, some, solver, path), some, tools(network, path, solver), None).value, network)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_draft_1_is_drtune_with_the_last_step_trained_and_no_early_stop(solver, path):
     network = Network()
     got, items = loss_gradient(DRaFT(DRaFTConfig()), network, path, solver=solver)
-    assert (items.trained, items.stop) == ((T - 1,), T - 1)
+    assert (items.trained_steps, items.stop) == ((T - 1,), T - 1)
     some = rows((T - 1,))
-    expected = gradient(judged(drtuned(network, some, solver, path), some, sampling(solver), None).value, network)
+    expected = gradient(judged(drtuned(network, some, solver, path), some, tools(network, path, solver), None).value, network)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -290,24 +282,25 @@ def test_draft_k_is_plain_autograd_through_the_last_k(solver, path):
     network = Network()
     got, _ = loss_gradient(DRaFT(DRaFTConfig(train_steps=4)), network, path, solver=solver)
     some = rows(range(T - 4, T))
-    clean = integrate(network, some.noise, GRID, path, solver, trained=some.trained).x[:, -1]
+    clean = integrate(network, some.noise, GRID, path, solver, trained_steps=some.trained_steps).x[:, -1]
     torch.testing.assert_close(got, gradient(-judge(clean, some.prompts).total.mean(), network), rtol=1e-12, atol=1e-14)
 
 
 def test_draft_with_all_steps_is_full_backpropagation(path):
     network = Network()
     got, _ = loss_gradient(DRaFT(DRaFTConfig(train_steps=T)), network, path)
-    clean = integrate(network, rows(()).noise, GRID, path, SOLVERS["euler"], trained=range(T)).x[:, -1]
+    clean = integrate(network, rows(()).noise, GRID, path, SOLVERS["euler"], trained_steps=range(T)).x[:, -1]
     torch.testing.assert_close(got, gradient(-judge(clean, rows(()).prompts).total.mean(), network), rtol=1e-12, atol=1e-14)
 
 
 def test_draft_lv_by_hand(path):
     network = Network()
     method = DRaFT(DRaFTConfig(low_variance=2))
-    items = equipped(method).items(rollout(), None, network, path, torch.Generator().manual_seed(5))
+    given = tools(network, path, seed=5)
+    items = method.items(rollout(), None, given)
     items = replace(items, renoise=items.renoise.double())
-    got = gradient(method.loss("policy", items, network, path).value, network)
-    clean = rollout_with_gradient(network, items, sampling(), path)
+    got = gradient(method.loss("policy", items, given).value, network)
+    clean = rollout_with_gradient(network, items, tools(network, path))
     losses = [-judge(clean, items.prompts).total.mean()]
     for i in range(2):
         x = path.mix(clean.detach(), items.renoise[:, i], GRID[-2])
@@ -321,13 +314,13 @@ def test_alignprop_goes_back_through_the_last_k(path):
     for seed in range(8):
         network = Network()
         got, items = loss_gradient(AlignProp(AlignPropConfig()), network, path, seed)
-        assert tuple(items.trained) == tuple(range(T - len(items.trained), T))
-        clean = integrate(network, items.noise, GRID, path, SOLVERS["euler"], trained=items.trained).x[:, -1]
+        assert tuple(items.trained_steps) == tuple(range(T - len(items.trained_steps), T))
+        clean = integrate(network, items.noise, GRID, path, SOLVERS["euler"], trained_steps=items.trained_steps).x[:, -1]
         torch.testing.assert_close(got, gradient(-judge(clean, items.prompts).total.mean(), network), rtol=1e-12, atol=1e-14)
     depths = Counter()
     for seed in range(400):
-        method = equipped(AlignProp(AlignPropConfig(deepest=0.5)))
-        depths[len(method.items(rollout(), None, network, path, torch.Generator().manual_seed(seed)).trained)] += 1
+        items = AlignProp(AlignPropConfig(deepest=0.5)).items(rollout(), None, tools(network, path, seed=seed))
+        depths[len(items.trained_steps)] += 1
     assert set(depths) == {1, 2, 3, 4, 5}
     assert min(depths.values()) > 50
 
@@ -337,7 +330,7 @@ def test_recomputing_keeps_the_gradient_and_costs_a_second_evaluation(path):
     gradients = []
     for recompute in (False, True):
         network.calls.clear()
-        clean = rollout_with_gradient(network, some, sampling(), path, recompute=recompute)
+        clean = rollout_with_gradient(network, some, tools(network, path), recompute=recompute)
         gradients.append(gradient(clean.sum(), network))
         assert network.calls[True] == 4 * 4 * (1 + recompute)
     assert torch.equal(gradients[0], gradients[1])
@@ -345,16 +338,16 @@ def test_recomputing_keeps_the_gradient_and_costs_a_second_evaluation(path):
 
 def test_the_pull_is_the_distance_to_the_frozen_network_s_image(path):
     network = Network()
-    method = equipped(DRTune(DRTuneConfig(reference_weight=0.5)))
-    items = method.items(rollout(), None, network, path, torch.Generator().manual_seed(0))
-    loss = method.loss("policy", items, network, path)
+    method, given = DRTune(DRTuneConfig(reference_weight=0.5)), tools(network, path)
+    items = method.items(rollout(), None, given)
+    loss = method.loss("policy", items, given)
     clean = drtuned(network, items, SOLVERS["euler"], path)
     with torch.no_grad():
         frozen = integrate(
             lambda x, t: network(x, t, adapter=None), items.noise, stop_early(GRID, items.stop), path, SOLVERS["euler"]
         ).x[:, -1]
     distance = (clean - frozen).square().mean()
-    assert loss.metrics["reference/distance"] == pytest.approx(distance.item())
+    assert loss.metrics["reference/distance"].item() == pytest.approx(distance.item())
     expected = -judge(clean, items.prompts).total.mean() + 0.5 * distance
     torch.testing.assert_close(gradient(loss.value, network), gradient(expected, network), rtol=1e-12, atol=1e-14)
 
@@ -374,22 +367,28 @@ def test_the_hinge_leaves_alone_what_is_good_enough():
     assert rewards.grad.tolist() == [-0.5, 0.0]
 
 
-def test_images_without_a_score_have_no_say():
+def test_images_without_a_score_are_excluded():
     latents = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
 
     def sometimes(latents, prompts):
         total = torch.where(torch.tensor([True, False, True]), latents[:, 0], torch.nan)
         return Scores(total, {"a": total, "b": torch.full((3,), torch.nan)}, {"length": torch.ones(3)})
 
-    loss = judged(latents, rows((), number=3), Sampling(SOLVERS["euler"], GRID, sometimes), None)
-    assert loss.metrics == {"reward/total": 2.0, "reward/a": 2.0, "extra/length": 1.0}
+    loss = judged(latents, rows((), number=3), tools(judge=sometimes), None)
+    known = {name: count.item() for name, count in loss.known.items()}
+    assert known == {"reward/total": 2, "reward/a": 2, "reward/b": 0, "extra/length": 3}
+    means = {name: value.item() for name, value in loss.metrics.items() if known[name]}
+    assert means == {"reward/total": 2.0, "reward/a": 2.0, "extra/length": 1.0}
     loss.value.backward()
     assert latents.grad.flatten().tolist() == pytest.approx([-1 / 3, 0.0, -1 / 3])
 
-    def never(latents, prompts):
-        return Scores(torch.full((3,), torch.nan), {})
+    hinged = judged(latents, rows((), number=3), tools(judge=sometimes), 2.0)
+    assert hinged.value.item() == pytest.approx(1 / 3), "max(0, 2 - 1), excluded, max(0, 2 - 3)"
 
-    loss = judged(latents, rows((), number=3), Sampling(SOLVERS["euler"], GRID, never), None)
+    def never(latents, prompts):
+        return Scores(torch.where(torch.ones(3) > 0, torch.nan, latents[:, 0]), {})
+
+    loss = judged(latents, rows((), number=3), tools(judge=never), None)
     assert loss.value.item() == 0
     assert torch.autograd.grad(loss.value, latents)[0].abs().max() == 0
 
@@ -406,10 +405,10 @@ def test_images_without_a_score_have_no_say():
 )
 def test_too_few_solver_steps(config, steps, words):
     if "is 6" in words:
-        config.check(steps)
+        config.check(RunSettings(steps))
         return
     with pytest.raises(ValueError, match=words):
-        config.check(steps)
+        config.check(RunSettings(steps))
 
 
 def test_draft_lv_is_of_one_step():

@@ -11,9 +11,23 @@ from torch import nn
 
 from align import ALGORITHMS, NeighborGRPO, neighbor_grpo
 from align.neighbor_grpo import clipped_terms, group_advantages, log_policy, neighbor_noise, spread_weights
-from diffusion import SOLVERS, Condition, RectifiedFlow, Rollout, Scores, VariancePreserving, integrate
+from diffusion import (
+    SOLVERS,
+    Condition,
+    Group,
+    Prompt,
+    RectifiedFlow,
+    Rollout,
+    RunSettings,
+    Scores,
+    VariancePreserving,
+    integrate,
+)
+from rollouts.worker import group_noise
+from tests.tools import tools
 
 F64 = torch.float64
+PROMPT = Prompt("1", "x")
 PATHS = {
     "flow": RectifiedFlow(),
     "noise": VariancePreserving.from_alphas_cumprod(torch.cumprod(1 - torch.linspace(0.001, 0.02, 1000, dtype=F64), 0)),
@@ -63,13 +77,14 @@ class Network(nn.Module):
 
 
 def draw(algorithm, network, *, groups=2, steps=5, shape=(3,), solver="dpmpp_2m", path="flow", dtype=F64, seed=0):
-    """Rollouts of the policy, as a worker makes them; the last state stands in for the images."""
-    size = algorithm.group_size
+    """Rollouts of the policy, as a worker makes them."""
+    size = algorithm.config.group_size
     seeds = torch.arange(groups * size) + 1000 * seed
-    noise = [
-        algorithm.initial_noise(77 + 1000 * seed + m, seeds[m * size : (m + 1) * size].tolist(), shape) for m in range(groups)
-    ]
-    condition = Condition({"mean": torch.linspace(-0.5, 0.5, groups, dtype=F64)}).repeat(size)
+    drawn = [Group(PROMPT, 77 + 1000 * seed + m, seeds[m * size : (m + 1) * size].tolist()) for m in range(groups)]
+    noise = [group_noise(group, 0, shape, algorithm.noise) for group in drawn]
+    means = Condition({"mean": torch.linspace(-0.5, 0.5, groups, dtype=F64)})
+    group = torch.arange(groups).repeat_interleave(size)
+    condition = means[group]
     grid = torch.linspace(1, 0, steps + 1, dtype=F64)
     with torch.no_grad():
         trajectory = integrate(
@@ -78,22 +93,35 @@ def draw(algorithm, network, *, groups=2, steps=5, shape=(3,), solver="dpmpp_2m"
             grid,
             PATHS[path],
             SOLVERS[solver],
-            record=algorithm.record(steps),
+            record=algorithm.plan(1, steps).record,
         )
-    group = torch.arange(groups).repeat_interleave(size)
-    return Rollout([], group, seeds, condition, trajectory, trajectory.x[:, -1], policy_version=0)
+    return Rollout([PROMPT] * groups, means, group, seeds, trajectory, 0)
 
 
 def scored(rollout, reward=lambda x: x.flatten(1)[:, 0]):
-    total = reward(rollout.images).float()
+    """The last states take the place of the images."""
+    total = reward(rollout.trajectory.x[:, -1]).float()
     return Scores(total, {"toy": total})
+
+
+def items_of(algorithm, rollout, network, path="flow", seed=0, scores=None):
+    credit = algorithm.credit(scored(rollout) if scores is None else scores)
+    return algorithm.items(rollout, credit, tools(network, PATHS[path], seed=seed))
+
+
+def loss_of(algorithm, rows, network, path="flow"):
+    return algorithm.loss("policy", rows, tools(network, PATHS[path]))
+
+
+def metrics_of(loss):
+    return {name: value.item() for name, value in loss.metrics.items()}
 
 
 def make(network, *, path="flow", seed=0, knobs=None, **rollout):
     """An algorithm and the items of one rollout of the network."""
     algorithm = objective(**{"group_size": 6, "anchors": 3, "train_steps": 2} | (knobs or {}))
     drawn = draw(algorithm, network, path=path, **rollout)
-    return algorithm, algorithm.items(drawn, scored(drawn), network, PATHS[path], generator(seed))
+    return algorithm, items_of(algorithm, drawn, network, path, seed)
 
 
 # --- noise, eq. 7
@@ -101,7 +129,8 @@ def make(network, *, path="flow", seed=0, knobs=None, **rollout):
 
 def test_neighbours_are_standard_normal_and_correlate_by_one_minus_s_squared():
     s, elements = 0.3, 200_000
-    noise = objective(perturbation=s, group_size=3, anchors=1).initial_noise(5, [1, 2, 3], (2, elements // 2)).flatten(1)
+    algorithm = objective(perturbation=s, group_size=3, anchors=1)
+    noise = group_noise(Group(PROMPT, 5, [1, 2, 3]), 0, (2, elements // 2), algorithm.noise).flatten(1)
     assert noise.dtype == torch.float32
     covariance = noise @ noise.T / elements
     expected = torch.full((3, 3), 1 - s**2) + s**2 * torch.eye(3)
@@ -116,10 +145,12 @@ def test_neighbours_at_the_ends_of_s_are_independent_and_identical():
     torch.testing.assert_close(neighbor_noise(shared[0], own, 0.0), shared[:1].expand(5, 4), rtol=0, atol=0)
 
 
-def test_a_members_noise_hangs_on_its_own_seed_and_the_groups_only():
-    algorithm = objective(group_size=2, anchors=1)
-    assert torch.equal(algorithm.initial_noise(9, [4, 5, 6], (3,))[1:], algorithm.initial_noise(9, [5, 6], (3,)))
-    assert not torch.equal(algorithm.initial_noise(9, [4], (3,)), algorithm.initial_noise(8, [4], (3,)))
+def test_a_members_noise_depends_on_its_own_seed_and_the_groups_only():
+    def noise(seed, seeds):
+        return group_noise(Group(PROMPT, seed, seeds), 0, (3,), objective(group_size=2, anchors=1).noise)
+
+    assert torch.equal(noise(9, [4, 5, 6])[1:], noise(9, [5, 6]))
+    assert not torch.equal(noise(9, [4]), noise(8, [4]))
 
 
 # --- advantages, eq. 11
@@ -170,7 +201,7 @@ def test_a_group_that_hardly_differs_hardly_counts_with_spread_weights():
     for weights in (False, True):
         algorithm = objective(group_size=2, anchors=1, train_steps=1, spread_weights=weights)
         rollout = draw(algorithm, Network(), groups=3)
-        rows.append(algorithm.items(rollout, scores, Network(), PATHS["flow"], generator()))
+        rows.append(items_of(algorithm, rollout, Network(), scores=scores))
     plain, weighted = rows
     assert weighted.group.tolist() == plain.group.tolist() == [0, 1]
     torch.testing.assert_close(weighted.advantages[:2], plain.advantages[:2] * torch.tensor([[0.5], [1.5]], dtype=F64))
@@ -273,7 +304,7 @@ def test_candidates_have_no_order():
 def test_a_row_is_an_anchor_at_a_step_among_its_group():
     algorithm = objective(group_size=3, anchors=2, train_steps=2, temperature=0.1)
     rollout = draw(algorithm, Network(), groups=2, steps=4)
-    rows = algorithm.items(rollout, scored(rollout), Network(), PATHS["flow"], generator(3))
+    rows = items_of(algorithm, rollout, Network(), seed=3)
     assert len(rows) == 2 * 2 * 2
     asked = {}
 
@@ -287,7 +318,7 @@ def test_a_row_is_an_anchor_at_a_step_among_its_group():
         source, t, s = states[3 * m + k, j], rollout.trajectory.t[j], rollout.trajectory.t[j + 1]
         assert torch.equal(asked["x"][n], source)
         assert asked["t"][n] == t
-        assert asked["mean"][n] == rollout.condition.tensors["mean"][3 * m]
+        assert asked["mean"][n] == rollout.condition.tensors["mean"][m]
         distance = ((states[3 * m : 3 * m + 3, j + 1] - (source + (s - t) * 0.25)) ** 2).mean(dim=1)
         torch.testing.assert_close(found[n], torch.log_softmax(-distance / 0.1, dim=0))
     assert asked["adapter"] == "policy"
@@ -296,7 +327,7 @@ def test_a_row_is_an_anchor_at_a_step_among_its_group():
 def test_anchors_and_steps_are_drawn_evenly_and_without_replacement():
     algorithm = objective(group_size=6, anchors=3, train_steps=2)
     rollout = draw(algorithm, Network(), groups=1000, steps=5)
-    rows = algorithm.items(rollout, scored(rollout), Network(), PATHS["flow"], generator())
+    rows = items_of(algorithm, rollout, Network())
     grid = torch.zeros(1000, 6, 5)
     grid.index_put_((rows.group, rows.anchor, rows.step), torch.ones(len(rows)), accumulate=True)
     assert grid.max() == 1
@@ -312,7 +343,7 @@ def test_anchors_and_steps_are_drawn_evenly_and_without_replacement():
 def test_only_steps_inside_the_window_are_trained(window, steps, trained):
     algorithm = objective(group_size=2, anchors=1, train_steps=1, train_window=window)
     rollout = draw(algorithm, Network(), groups=80, steps=steps)
-    rows = algorithm.items(rollout, scored(rollout), Network(), PATHS["flow"], generator())
+    rows = items_of(algorithm, rollout, Network())
     assert set(rows.step.tolist()) == trained
 
 
@@ -320,7 +351,7 @@ def test_the_generator_decides_everything():
     def rows(seed, reward=lambda x: x[:, 0]):
         algorithm = objective(group_size=6, anchors=3, train_steps=2, inner_updates=2)
         rollout = draw(algorithm, Network(), groups=4)
-        found = algorithm.items(rollout, scored(rollout, reward), Network(), PATHS["flow"], generator(seed))
+        found = items_of(algorithm, rollout, Network(), seed=seed, scores=scored(rollout, reward))
         return torch.stack([found.group, found.anchor, found.step]), found.old
 
     index, old = rows(0)
@@ -339,10 +370,10 @@ def test_groups_without_signal_are_left_out(dull):
     algorithm = objective(group_size=6, anchors=3, train_steps=2, inner_updates=2)
     rollout = draw(algorithm, Network(), groups=2)
     total = torch.cat([dull, torch.arange(6.0)])
-    rows = algorithm.items(rollout, Scores(total, {}), Network(), PATHS["flow"], generator())
+    rows = items_of(algorithm, rollout, Network(), scores=Scores(total, {}))
     assert rows.group.unique().tolist() == [1]
-    assert algorithm.loss("policy", rows, Network(moved=0.1), PATHS["flow"]).value.isfinite()
-    nothing = algorithm.items(rollout, Scores(dull.repeat(2), {}), Network(), PATHS["flow"], generator())
+    assert loss_of(algorithm, rows, Network(moved=0.1)).value.isfinite()
+    nothing = items_of(algorithm, rollout, Network(), scores=Scores(dull.repeat(2), {}))
     assert len(nothing) == 0
     assert len(nothing[:4]) == 0
 
@@ -352,7 +383,7 @@ def test_a_rollout_with_a_split_group_is_refused():
     rollout = draw(algorithm, Network(), groups=2)
     torn = replace(rollout, group=torch.tensor([0, 1, 0, 1]))
     with pytest.raises(AssertionError, match="whole groups"):
-        algorithm.items(torn, scored(torn), Network(), PATHS["flow"], generator())
+        items_of(algorithm, torn, Network())
 
 
 # --- loss
@@ -363,12 +394,12 @@ def test_a_rollout_with_a_split_group_is_refused():
 def test_the_ratio_starts_at_one_for_every_rollout_solver(solver, path):
     network = Network(moved=0.3)
     algorithm, rows = make(network, solver=solver, path=path)
-    loss = algorithm.loss("policy", rows, network, PATHS[path])
-    assert loss.metrics == {"ratio/max_log": 0.0, "ratio/clip_fraction": 0.0}
+    loss = loss_of(algorithm, rows, network, path)
+    assert metrics_of(loss) == {"ratio/max_log": 0.0, "ratio/clip_fraction": 0.0}
     assert abs(loss.value) < 1e-15
     assert gradient(loss.value, network).abs().max() > 1e-4
     algorithm, rows = make(network, solver=solver, path=path, knobs={"inner_updates": 2, "clip": 1e-9})
-    metrics = algorithm.loss("policy", rows, network, PATHS[path]).metrics
+    metrics = metrics_of(loss_of(algorithm, rows, network, path))
     assert metrics["ratio/max_log"] < 1e-12
     assert metrics["ratio/clip_fraction"] == 0
 
@@ -378,7 +409,7 @@ def test_an_old_policy_at_the_stored_state_would_not_start_at_one(solver, starts
     network = Network(moved=0.3)
     algorithm, rows = make(network, solver=solver)
     stored = log_policy(rows.x[rows.group, :, rows.step + 1], rows.x[rows.group, rows.anchor, rows.step + 1], 1.0)
-    metrics = algorithm.loss("policy", replace(rows, old=stored), network, PATHS["flow"]).metrics
+    metrics = metrics_of(loss_of(algorithm, replace(rows, old=stored), network))
     assert (metrics["ratio/max_log"] < 1e-12) == starts_at_one
     assert (metrics["ratio/clip_fraction"] == 0) == starts_at_one
 
@@ -387,13 +418,13 @@ def test_the_gradient_reaches_the_parameters_through_one_step():
     """The whole loss by finite differences with the old policy kept, against autograd with the old policy detached."""
     network = Network(moved=0.3)
     algorithm, rows = make(network, knobs={"inner_updates": 2, "clip": 0.5})
-    found = gradient(algorithm.loss("policy", replace(rows, old=None), network, PATHS["flow"]).value, network)
+    found = gradient(loss_of(algorithm, replace(rows, old=None), network).value, network)
     start = nn.utils.parameters_to_vector(network.parameters()).detach()
 
     def value(parameters):
         nn.utils.vector_to_parameters(parameters, network.parameters())
         with torch.no_grad():
-            return algorithm.loss("policy", rows, network, PATHS["flow"]).value
+            return loss_of(algorithm, rows, network).value
 
     torch.testing.assert_close(stencil(value, start, h=1e-3), found, atol=1e-10, rtol=0)
 
@@ -410,7 +441,7 @@ def test_a_small_step_moves_towards_the_better_neighbours(solver):
         return (towards * y).sum().item()
 
     before = attraction()
-    algorithm.loss("policy", rows, network, PATHS["flow"]).value.backward()
+    loss_of(algorithm, rows, network).value.backward()
     with torch.no_grad():
         for p in network.parameters():
             p -= 0.1 * p.grad
@@ -422,12 +453,12 @@ def test_anchors_are_symmetric():
     network, moved = Network(), Network(moved=0.3)
     knobs = {"group_size": 4, "anchors": 4, "train_steps": 5, "inner_updates": 2, "clip": 0.01}
     algorithm, rows = make(network, groups=1, knobs=knobs)
-    everyone = algorithm.loss("policy", rows, moved, PATHS["flow"]).value
+    everyone = loss_of(algorithm, rows, moved).value
 
     def chosen(anchors):
         keep = torch.isin(rows.anchor, torch.tensor(anchors))
         part = replace(rows, group=rows.group[keep], anchor=rows.anchor[keep], step=rows.step[keep], old=rows.old[keep])
-        return algorithm.loss("policy", part, moved, PATHS["flow"]).value
+        return loss_of(algorithm, part, moved).value
 
     values = torch.stack([chosen(pair) for pair in combinations(range(4), 2)])
     torch.testing.assert_close(values.mean(), everyone)
@@ -437,18 +468,18 @@ def test_anchors_are_symmetric():
 def test_micro_batches_weighted_by_their_length_add_up_to_the_whole():
     network, moved = Network(), Network(moved=0.3)
     algorithm, rows = make(network, knobs={"inner_updates": 2, "clip": 1e-3, "reference_weight": 0.5})
-    whole = algorithm.loss("policy", rows, moved, PATHS["flow"])
+    whole = loss_of(algorithm, rows, moved)
     parts = [rows[i : i + 5] for i in range(0, len(rows), 5)]
     assert [len(part) for part in parts] == [5, 5, 2]
-    losses = [algorithm.loss("policy", part, moved, PATHS["flow"]) for part in parts]
+    losses = [loss_of(algorithm, part, moved) for part in parts]
     shares = [len(part) / len(rows) for part in parts]
     value = sum(w * loss.value for w, loss in zip(shares, losses, strict=True))
     torch.testing.assert_close(value, whole.value, atol=1e-14, rtol=0)
     torch.testing.assert_close(gradient(value, moved), gradient(whole.value, moved), atol=1e-14, rtol=0)
     for name in ("ratio/clip_fraction", "reference/distance"):
-        mean = sum(w * loss.metrics[name] for w, loss in zip(shares, losses, strict=True))
-        assert mean == pytest.approx(whole.metrics[name])
-    assert max(loss.metrics["ratio/max_log"] for loss in losses) == pytest.approx(whole.metrics["ratio/max_log"])
+        mean = sum(w * loss.metrics[name].item() for w, loss in zip(shares, losses, strict=True))
+        assert mean == pytest.approx(whole.metrics[name].item())
+    assert max(loss.metrics["ratio/max_log"].item() for loss in losses) == pytest.approx(whole.metrics["ratio/max_log"].item())
 
 
 def test_later_inner_updates_leave_ratio_one_until_the_clip_stops_them():
@@ -458,10 +489,10 @@ def test_later_inner_updates_leave_ratio_one_until_the_clip_stops_them():
     history = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = algorithm.loss("policy", rows, network, PATHS["flow"])
+        loss = loss_of(algorithm, rows, network)
         loss.value.backward()
         optimizer.step()
-        history.append((loss.value.item(), loss.metrics["ratio/max_log"], loss.metrics["ratio/clip_fraction"]))
+        history.append((loss.value.item(), *metrics_of(loss).values()))
     values, logs, fractions = zip(*history, strict=True)
     assert abs(values[0]) < 1e-12
     assert logs[0] < 1e-12
@@ -477,11 +508,11 @@ def test_the_reference_pulls_to_the_prediction_without_adapter():
     with torch.no_grad():
         network.outer.bias += 0.3
     network.calls.clear()
-    loss = algorithm.loss("policy", rows, network, PATHS["flow"])
-    assert loss.metrics["reference/distance"] == pytest.approx(0.09)
+    loss = loss_of(algorithm, rows, network)
+    assert loss.metrics["reference/distance"].item() == pytest.approx(0.09)
     assert loss.value.item() == pytest.approx(2 * 0.09)
     assert network.calls == [(None, False, len(rows)), ("policy", True, len(rows))]
-    plain = objective(group_size=6, anchors=3, train_steps=2).loss("policy", rows, network, PATHS["flow"])
+    plain = loss_of(objective(group_size=6, anchors=3, train_steps=2), rows, network)
     pull = gradient(loss.value, network) - gradient(plain.value, network)
     torch.testing.assert_close(pull[-3:], torch.full((3,), 2 * 2 * 0.3 / 3, dtype=F64))  # d/d bias of 2 mean |bias|^2
 
@@ -493,13 +524,15 @@ def test_what_an_iteration_costs(updates):
     rollout = draw(algorithm, network, groups=2, steps=5, solver="heun")
     assert sum(rows for _, _, rows in network.calls) == 2 * 6 * (2 * 4 + 1)  # G NFE_old
     network.calls.clear()
-    items = algorithm.items(rollout, scored(rollout), network, PATHS["flow"], generator())
+    items = items_of(algorithm, rollout, network)
     assert sum(rows for _, _, rows in network.calls) == (0 if updates == 1 else 2 * 3 * 2)
     assert all(rows <= 6 and not grad for _, grad, rows in network.calls)
     network.calls.clear()
-    for _ in range(updates):
-        algorithm.loss("policy", items, network, PATHS["flow"])
+    for player, rows in algorithm.turns(1, items):
+        algorithm.loss(player, rows, tools(network))
     assert sum(rows for _, grad, rows in network.calls if grad) == 2 * 3 * 2 * updates  # B K U for each group
+    cost = algorithm.config.cost(SOLVERS["heun"], torch.linspace(1, 0, 6))
+    assert (cost.with_gradient, cost.without) == (3 * 2 * updates, 0 if updates == 1 else 3 * 2)
     assert len(network.calls) == updates
 
 
@@ -523,7 +556,7 @@ def test_bfloat16_states_are_stepped_and_compared_in_float32():
     assert math.prod(rows.x.shape[3:]) == shape_elements
     with torch.no_grad():
         network.outer.bias += 1e-4  # far below a bfloat16 digit of y
-    loss = algorithm.loss("policy", rows, network, PATHS["flow"])
+    loss = loss_of(algorithm, rows, network)
     assert loss.value.dtype == torch.float32
     assert 1e-7 < loss.metrics["ratio/max_log"] < 1e-4
     assert gradient(loss.value, network).isfinite().all()
@@ -538,7 +571,7 @@ def test_the_smallest_group_with_every_anchor_and_every_step(updates):
     assert {(k, j) for k, j in zip(rows.anchor.tolist(), rows.step.tolist(), strict=True)} == {
         (k, j) for k in range(2) for j in range(5)
     }
-    assert gradient(algorithm.loss("policy", rows, network, PATHS["flow"]).value, network).abs().max() > 0
+    assert gradient(loss_of(algorithm, rows, network).value, network).abs().max() > 0
 
 
 def test_a_large_state_and_the_papers_summed_distance():
@@ -546,7 +579,7 @@ def test_a_large_state_and_the_papers_summed_distance():
     network = Network(elements, moved=1e-3, dtype=torch.float32)
     knobs = {"temperature": 1 / elements, "inner_updates": 2, "train_steps": 1, "anchors": 2, "group_size": 4}
     algorithm, rows = make(network, groups=1, steps=2, shape=(elements,), dtype=torch.float32, knobs=knobs)
-    loss = algorithm.loss("policy", rows, Network(elements, moved=2e-3, dtype=torch.float32), PATHS["flow"])
+    loss = loss_of(algorithm, rows, Network(elements, moved=2e-3, dtype=torch.float32))
     assert loss.value.isfinite()
 
 
@@ -583,12 +616,12 @@ def test_a_wrong_knob_is_named(knobs, key, message):
 
 
 def test_more_trained_steps_than_the_solve_has_are_refused():
-    NeighborGRPO.Config().check(4)
+    NeighborGRPO.Config().check(RunSettings(4))
     with pytest.raises(ValueError, match=r"train_steps is 4, allowed are 1 to 3: .* holds 3 of the solver's 3 steps"):
-        NeighborGRPO.Config().check(3)
+        NeighborGRPO.Config().check(RunSettings(3))
     with pytest.raises(ValueError, match=r"train_steps is 4, allowed are 1 to 3: train_window \[0\.5, 1\.0\] holds 3 of .* 6"):
-        objective(train_window=(0.5, 1.0)).record(6)
-    assert list(objective().record(5)) == [0, 1, 2, 3, 4, 5]
+        NeighborGRPO.Config(train_window=(0.5, 1.0)).check(RunSettings(6))
+    assert list(objective().plan(1, 5).record) == [0, 1, 2, 3, 4, 5]
 
 
 def test_every_knob_says_where_it_comes_from():
@@ -615,10 +648,10 @@ def test_it_learns_from_a_reward_without_gradient(updates):
         rollout = draw(algorithm, network, groups=8, steps=8, shape=(8,), dtype=torch.float32, seed=iteration)
         scores = scored(rollout, reward)
         curve.append(scores.total.mean().item())
-        items = algorithm.items(rollout, scores, network, PATHS["flow"], generator(iteration))
+        items = items_of(algorithm, rollout, network, seed=iteration, scores=scores)
         for _ in range(updates):
             optimizer.zero_grad()
-            algorithm.loss("policy", items, network, PATHS["flow"]).value.backward()
+            loss_of(algorithm, items, network).value.backward()
             optimizer.step()
     assert sum(curve[:5]) / 5 < 0.5
     assert sum(curve[-5:]) / 5 > 3  # it is 4.5, and 5.3 with two updates

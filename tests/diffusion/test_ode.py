@@ -104,7 +104,7 @@ def test_stopping_early_is_the_one_step_clean_prediction(path, solver):
     [
         ({"record": [0, 5]}, r"record has \[5\].*0 to 4"),
         ({"record": [-1]}, r"record has \[-1\]"),
-        ({"trained": [4]}, r"trained has \[4\].*0 to 3"),
+        ({"trained_steps": [4]}, r"trained_steps has \[4\].*0 to 3"),
     ],
 )
 def test_indices_outside_the_grid_are_refused(arguments, message):
@@ -137,20 +137,20 @@ def test_only_trained_steps_ask_with_gradient(path, solver):
         asked.append(torch.is_grad_enabled())
         return torch.tanh(x)
 
-    integrate(predict, X, GRIDS["interior"], path, solver, trained={1, 3})
+    integrate(predict, X, GRIDS["interior"], path, solver, trained_steps={1, 3})
     assert asked == [trained for trained in (False, True, False, True) for _ in range(per_step)]
 
 
 def test_gradient_bookkeeping_does_not_change_the_states(path, solver, grid):
     network = Network()
     plain = integrate(network, X, grid, path, solver).x
-    assert torch.equal(plain, integrate(network, X, grid, path, solver, trained=range(len(grid) - 1)).x)
-    assert torch.equal(plain, integrate(detached(network), X, grid, path, solver, trained=[0]).x)
+    assert torch.equal(plain, integrate(network, X, grid, path, solver, trained_steps=range(len(grid) - 1)).x)
+    assert torch.equal(plain, integrate(detached(network), X, grid, path, solver, trained_steps=[0]).x)
 
 
 def test_the_state_path_is_alive_behind_a_single_early_trained_step(path, solver):
     network = Network()
-    x = integrate(detached(network), X, GRIDS["noise to data"], path, solver, trained=[0]).x
+    x = integrate(detached(network), X, GRIDS["noise to data"], path, solver, trained_steps=[0]).x
     assert gradient(x.sum(), network).norm() > 1e-3
 
 
@@ -159,7 +159,7 @@ def test_full_backpropagation_is_plain_autograd(grid):
     x = X
     for t, s in pairwise(grid):
         x = x + (s - t) * network(x, t)
-    solved = integrate(network, X, grid, path, SOLVERS["euler"], trained=range(len(grid) - 1)).x[:, -1]
+    solved = integrate(network, X, grid, path, SOLVERS["euler"], trained_steps=range(len(grid) - 1)).x[:, -1]
     expected = gradient(x.square().sum(), network)
     torch.testing.assert_close(gradient(solved.square().sum(), network), expected, atol=1e-12, rtol=1e-12)
 
@@ -175,7 +175,7 @@ def test_gradient_with_detached_inputs_is_the_sum_over_evaluations(path, solver,
         asked.append((x.detach(), t, torch.is_grad_enabled()))
         return network(x.detach(), t)
 
-    x = integrate(predict, X, grid, path, solver, trained=trained).x[:, -1]
+    x = integrate(predict, X, grid, path, solver, trained_steps=trained).x[:, -1]
     target = torch.linspace(-1, 1, 10, dtype=F64).reshape(2, 5)
     (upstream,) = torch.autograd.grad((x - target).square().sum(), x, retain_graph=True)
     explicit = sum(
@@ -231,8 +231,60 @@ def test_converting_the_prediction_from_a_detached_input_is_another_gradient():
     def converted(x, t):
         return path.noise(x.detach(), t, network(x.detach(), t))
 
-    native = integrate(detached(network), X, grid, path, SOLVERS["euler"], trained=range(4)).x
-    other = integrate(converted, X, grid, as_noise, SOLVERS["euler"], trained=range(4)).x
+    native = integrate(detached(network), X, grid, path, SOLVERS["euler"], trained_steps=range(4)).x
+    other = integrate(converted, X, grid, as_noise, SOLVERS["euler"], trained_steps=range(4)).x
     torch.testing.assert_close(native, other, atol=1e-12, rtol=0)
     g, h = gradient(native.sum(), network), gradient(other.sum(), network)
     assert (g - h).norm() > 0.1 * g.norm()
+
+
+def test_recorded_predictions_are_the_network_s_at_the_recorded_states(path, solver, grid):
+    network = Network()
+    steps = len(grid) - 1
+    whole = integrate(network, X, grid, path, solver, record=range(steps + 1), predictions=True)
+    assert whole.prediction.shape == (2, steps, 5), "none at the end of the solve"
+    for i in range(steps):
+        assert torch.equal(whole.prediction[:, i], network(whole.x[:, i], grid[i]))
+    some = integrate(network, X, grid, path, solver, record=[3, 1], predictions=True)
+    assert torch.equal(some.prediction, whole.prediction[:, [1, 3]])
+    assert integrate(network, X, grid, path, solver, record=[1]).prediction is None
+
+
+def test_a_recorded_prediction_replays_the_euler_step(path, grid):
+    solve = integrate(Network(), X, grid, path, SOLVERS["euler"], record=range(len(grid)), predictions=True)
+    for i in range(len(grid) - 1):
+        assert torch.equal(solve.x[:, i + 1], path.step(solve.x[:, i], grid[i], grid[i + 1], solve.prediction[:, i]))
+
+
+def test_noisy_steps_mix_the_clean_prediction_with_the_given_noise(path):
+    network, grid = Network(), GRIDS["noise to data"][1:]
+    noise = torch.randn(2, 5, dtype=F64, generator=torch.Generator().manual_seed(9))
+    solve = integrate(network, X, grid, path, SOLVERS["dpmpp_2m"], record=range(len(grid)), noise={1: noise})
+    clean = path.clean(solve.x[:, 1], grid[1], network(solve.x[:, 1], grid[1]))
+    expected = path.alpha(grid[2]) * clean + path.sigma(grid[2]) * noise
+    torch.testing.assert_close(solve.x[:, 2], expected, rtol=1e-12, atol=1e-14)
+    # The multistep solver starts anew: the steps after it are those of a solve from that state.
+    rest = integrate(network, solve.x[:, 2], grid[2:], path, SOLVERS["dpmpp_2m"])
+    assert torch.equal(solve.x[:, -1], rest.x[:, 0])
+
+
+def test_a_noisy_step_to_the_data_is_the_clean_prediction(path):
+    grid = torch.tensor([0.5, 0.0], dtype=F64)
+    network = Network()
+    solve = integrate(network, X, grid, path, SOLVERS["euler"], noise={0: torch.ones_like(X)})
+    torch.testing.assert_close(solve.x[:, 0], path.clean(X, grid[0], network(X, grid[0])), rtol=0, atol=1e-14)
+
+
+def test_noisy_steps_take_one_evaluation_each(solver):
+    grid, calls = GRIDS["noise to data"], []
+
+    def predict(x, t):
+        calls.append(t)
+        return x
+
+    noise = {0: torch.zeros_like(X), 3: torch.zeros_like(X), 5: torch.zeros_like(X)}
+    integrate(predict, X, grid, PATHS["flow"], solver, noise=noise)
+    assert len(calls) == evaluations(solver, grid, noisy=noise)
+    assert evaluations(SOLVERS["heun"], grid, noisy=[0, 3, 5]) == 3 * 2 + 3
+    with pytest.raises(ValueError, match=r"noise has \[6\], which this grid does not have: allowed are 0 to 5"):
+        integrate(predict, X, grid, PATHS["flow"], solver, noise={6: X})

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffusion.protocols import Codec, Predict, RewardModel
-from diffusion.types import Condition, Prompt, Scores, Trajectory
+from diffusion.types import About, Condition, Plan, Prompt, Rollout, Scores, Trajectory
 
 
 @pytest.fixture
@@ -59,21 +59,87 @@ def test_trajectory_refuses_states_without_times():
         Trajectory(torch.zeros(1, 3, 4), torch.tensor([1.0, 0.0]))
 
 
-def test_nouns_are_frozen():
+def test_data_types_are_frozen():
     with pytest.raises(AttributeError):
         Prompt("a", "a red circle").text = "a blue circle"  # type: ignore[misc]
 
 
 def test_protocols_tell_a_reward_from_a_network():
     class Brightness:
-        label = "brightness"
-        differentiable = True
+        about = About("brightness", differentiable=True)
 
         def __call__(self, images, prompts):
             mean = images.mean(dim=(1, 2, 3))
-            return Scores(mean, {self.label: mean})
+            return Scores(mean, {self.about.label: mean})
 
     assert isinstance(Brightness(), RewardModel)
     assert not isinstance(Brightness(), Codec)
     assert isinstance(lambda x, t, condition, adapter: x, Predict)
     assert not isinstance(lambda x, t, condition, adapter: x, RewardModel)
+
+
+def rollout(texts, group_size=2, version=3, predictions=True):
+    number = len(texts) * group_size
+    x = torch.arange(number * 3.0).reshape(number, 3, 1)
+    return Rollout(
+        prompts=[Prompt(text, text) for text in texts],
+        condition=Condition({"length": torch.tensor([float(len(text)) for text in texts])}),
+        group=torch.arange(len(texts)).repeat_interleave(group_size),
+        seeds=torch.arange(number) + 10 * len(texts[0]),
+        trajectory=Trajectory(x, torch.tensor([1.0, 0.5, 0.0]), -x[:, :2] if predictions else None),
+        version=version,
+    )
+
+
+def test_a_rollout_has_one_condition_for_each_group():
+    one = rollout(["a", "bcd"])
+    assert len(one) == 4
+    assert one.condition[one.group].tensors["length"].tolist() == [1, 1, 3, 3]
+    assert [prompt.id for prompt in one.sample_prompts] == ["a", "a", "bcd", "bcd"]
+
+
+def test_rollouts_join_and_count_their_groups_on():
+    joined = Rollout.cat([rollout(["a", "bcd"]), rollout(["ef"])])
+    assert joined.group.tolist() == [0, 0, 1, 1, 2, 2]
+    assert joined.condition.tensors["length"].tolist() == [1, 3, 2]
+    assert joined.seeds.tolist() == [10, 11, 12, 13, 20, 21]
+    assert [prompt.id for prompt in joined.sample_prompts] == ["a", "a", "bcd", "bcd", "ef", "ef"]
+    assert joined.trajectory.x.shape == (6, 3, 1)
+    assert joined.trajectory.prediction.shape == (6, 2, 1)
+    assert joined.version == 3
+    assert Rollout.cat([rollout(["a"], predictions=False), rollout(["b"], predictions=False)]).trajectory.prediction is None
+
+
+def test_rollouts_of_two_versions_do_not_join():
+    with pytest.raises(AssertionError, match="one version"):
+        Rollout.cat([rollout(["a"]), rollout(["b"], version=4)])
+
+
+def test_scores_join_and_a_batch_may_lack_an_extra_value():
+    a = Scores(torch.tensor([1.0]), {"r": torch.tensor([1.0])}, {"x": torch.tensor([5.0])})
+    b = Scores(torch.tensor([2.0]), {"r": torch.tensor([3.0])})
+    joined = Scores.cat([b, a, a])
+    assert joined.total.tolist() == [2, 1, 1]
+    assert joined.parts["r"].tolist() == [3, 1, 1]
+    assert joined.extra["x"].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan(record=[5]), r"record has \[5\], allowed are 0 to 4"),
+        (Plan(noisy=[4]), r"noisy has \[4\], allowed are 0 to 3"),
+        (Plan(adapter="old"), "adapter is 'old', allowed are policy"),
+        (Plan(group_size=0), "group_size is 0"),
+        (Plan(source="noise"), "scored is True"),
+    ],
+)
+def test_a_plan_that_the_solve_cannot_do_is_refused(plan, words):
+    with pytest.raises(ValueError, match=words):
+        plan.check(4, ["policy"])
+
+
+def test_a_plan_says_who_draws():
+    Plan(record=range(5), noisy=[0, 3]).check(4, ["policy"])
+    assert Plan(adapter="old").drawing_adapter == "old"
+    assert Plan(source="teacher").drawing_adapter is None

@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from diffusion import SOLVERS, Condition, Prompt, RectifiedFlow, sample_noise, sample_seed
+from diffusion import SOLVERS, Condition, Group, Plan, Prompt, RectifiedFlow, sample_noise, sample_seed
 from generators.families.sd3.generator import SD3Generator
 from generators.glyphs import networks
-from rollouts import Group, RolloutWorker, seed_groups
+from rollouts import Worker, seed_groups
+from rollouts.worker import group_noise, groups_of_a_micro_batch, micro_batch_rows
 
 PROMPTS = [Prompt("a", "one"), Prompt("b", "three"), Prompt("c", "a longer one")]
 SPREAD = 0.5
@@ -55,8 +56,15 @@ def flow():
 
 def worker(generator, steps=8, **options):
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    settings = {"solver": SOLVERS["heun"], "grid": grid, "shape": SHAPE, "micro_batch": 4} | options
-    return RolloutWorker(generator, **settings)
+    settings = {"solver": SOLVERS["heun"], "grid": grid, "shape": SHAPE, "most": 4} | options
+    return Worker(generator, **settings)
+
+
+def take(drawer, some=None, version=None, **plan):
+    """(rollout, images) of groups of one size; the teacher's unless the plan says otherwise."""
+    some = groups() if some is None else some
+    drawn = drawer.take(some, Plan(**{"source": "teacher", "group_size": len(some[0].seeds)} | plan), version)
+    return drawn.rollout, drawn.images
 
 
 def groups(size=3):
@@ -85,80 +93,143 @@ def test_a_prompt_that_comes_twice_gets_other_seeds():
 
 
 def test_noise_goes_where_the_flow_takes_it(flow):
-    rollout = worker(flow, steps=64).draw(groups())
+    rollout, images = take(worker(flow, steps=64))
     noise = sample_noise(rollout.seeds, SHAPE)
     assert torch.allclose(ends(rollout), lengths() + SPREAD * noise, atol=5e-3)
-    assert torch.equal(rollout.images, flow.decode(ends(rollout)))
+    assert torch.equal(images, flow.decode(ends(rollout)))
 
 
 def test_what_is_in_a_rollout(flow):
-    drawn = [Group(PROMPTS[1], 5, [1, 2]), Group(PROMPTS[0], 6, [3]), Group(PROMPTS[2], 7, [4, 8, 9])]
-    rollout = worker(flow).draw(drawn)
-    assert [prompt.id for prompt in rollout.prompts] == ["b", "b", "a", "c", "c", "c"]
-    assert rollout.group.tolist() == [0, 0, 1, 2, 2, 2]
-    assert rollout.seeds.tolist() == [1, 2, 3, 4, 8, 9]
-    assert rollout.condition.tensors["mean"].tolist() == [5, 5, 3, 12, 12, 12]
+    drawn = [Group(PROMPTS[1], 5, [1, 2]), Group(PROMPTS[0], 6, [3, 7]), Group(PROMPTS[2], 7, [4, 8])]
+    rollout, images = take(worker(flow), drawn)
+    assert [prompt.id for prompt in rollout.prompts] == ["b", "a", "c"]
+    assert [prompt.id for prompt in rollout.sample_prompts] == ["b", "b", "a", "a", "c", "c"]
+    assert rollout.group.tolist() == [0, 0, 1, 1, 2, 2]
+    assert rollout.seeds.tolist() == [1, 2, 3, 7, 4, 8]
+    assert rollout.condition.tensors["mean"].tolist() == [5, 3, 12], "one for each group"
     assert rollout.trajectory.x.shape == (6, 1, *SHAPE)
     assert rollout.trajectory.t.tolist() == [0]
-    assert rollout.images.shape == (6, 3, 2, 2)
-    assert rollout.policy_version is None
+    assert rollout.trajectory.prediction is None
+    assert images.shape == (6, 3, 2, 2)
+    assert rollout.version is None
     assert flow.encoded == [["three", "one", "a longer one"]], "every prompt is encoded once"
 
 
 def test_the_policy_and_the_teacher(flow):
-    teacher, policy = worker(flow).draw(groups()), worker(flow).draw(groups(), adapter="policy", version=3)
-    assert policy.policy_version == 3
+    teacher, _ = take(worker(flow))
+    policy, _ = take(worker(flow), source="policy", version=3)
+    assert policy.version == 3
     assert torch.equal(policy.seeds, teacher.seeds)
     assert torch.allclose(ends(policy) - ends(teacher), torch.ones(9, *SHAPE), atol=1e-5)
-    with pytest.raises(AssertionError):
-        worker(flow).draw(groups(), adapter="policy")
+    other, _ = take(worker(flow), source="policy", adapter="old")
+    assert torch.equal(ends(other), ends(teacher)), "this flow's other adapters change nothing"
+
+
+def test_noise_alone_is_handed_out_without_a_network_call(flow):
+    drawer = worker(flow)
+    rollout, images = take(drawer, source="noise", scored=False, version=2)
+    assert images is None
+    assert rollout.version == 2
+    assert rollout.trajectory.t.tolist() == [1]
+    assert torch.equal(rollout.trajectory.x[:, 0], sample_noise(rollout.seeds, SHAPE))
+    assert flow.rows == drawer.nfe(Plan(source="noise", scored=False)) == 0
+
+
+def test_a_plan_without_scores_decodes_nothing(flow, monkeypatch):
+    monkeypatch.setattr(GaussianFlow, "decode", lambda self, latents: pytest.fail("decoded"))
+    rollout, images = take(worker(flow), scored=False, record=range(9), predictions=True)
+    assert images is None
+    assert rollout.trajectory.x.shape == (9, 9, *SHAPE)
+    assert rollout.trajectory.prediction.shape == (9, 8, *SHAPE)
 
 
 def test_no_gradient(flow):
-    rollout = worker(flow).draw(groups())
-    assert not rollout.images.requires_grad
+    rollout, images = take(worker(flow))
+    assert not images.requires_grad
     assert not rollout.trajectory.x.requires_grad
-    assert not rollout.images.is_inference(), "the learner puts these states into a graph"
+    assert not images.is_inference(), "the learner puts these states into a graph"
 
 
 @pytest.mark.parametrize("record", [[0, 3, 8], [8], [5, 2], range(9), [0]])
 def test_the_states_asked_for_and_no_others(flow, record):
-    rollout = worker(flow, record=record).draw(groups())
-    whole = worker(flow, record=range(9)).draw(groups())
+    rollout, images = take(worker(flow), record=record, predictions=True)
+    whole, all_images = take(worker(flow), record=range(9), predictions=True)
     assert rollout.trajectory.t.tolist() == [1 - i / 8 for i in sorted(record)]
     assert torch.equal(rollout.trajectory.x, whole.trajectory.x[:, sorted(record)])
-    assert torch.equal(rollout.images, whole.images)
+    asked = [i for i in sorted(record) if i < 8]
+    found = rollout.trajectory.prediction
+    assert found is None if not asked else torch.equal(found, whole.trajectory.prediction[:, asked])
+    assert torch.equal(images, all_images)
     assert torch.equal(whole.trajectory.x[:, 0], sample_noise(whole.seeds, SHAPE))
 
 
 def test_the_objective_chooses_the_noise_of_a_whole_group(flow):
-    asked = []
+    def shared_by_all(draw, shared, own):
+        return shared.expand_as(own)
 
-    def shared(seed, seeds, shape):
-        asked.append((seed, list(seeds)))
-        return sample_noise([seed] * len(seeds), shape)
-
-    rollout = worker(flow, initial_noise=shared).draw(groups())
-    assert asked == [(group.seed, group.seeds) for group in groups()]
+    rollout, _ = take(worker(flow, noise=shared_by_all))
     by_group = ends(rollout).unflatten(0, (3, 3))
     assert torch.equal(by_group, by_group[:, :1].expand_as(by_group))
+    assert not torch.equal(by_group[0, 0], by_group[1, 0])
 
 
-def test_guidance_leads_away_from_the_negative_prompt(flow):
+def test_a_groups_draws_are_independent_and_repeatable():
+    seen = []
+
+    def noise(draw, shared, own):
+        seen.append((draw, shared, own))
+        return own
+
+    group = Group(PROMPTS[0], 5, [1, 2])
+    first, second, again = (group_noise(group, draw, SHAPE, noise) for draw in (0, 1, 1))
+    assert torch.equal(first, sample_noise([1, 2], SHAPE))
+    assert torch.equal(seen[0][1], sample_noise([5], SHAPE)[0])
+    assert torch.equal(second, again)
+    assert not torch.equal(second, first)
+    assert not torch.equal(seen[1][1], seen[0][1])
+    assert [draw for draw, *_ in seen] == [0, 1, 1]
+
+
+def test_noisy_steps_have_the_objective_s_noise_of_their_own(flow):
+    draws = []
+
+    def noise(draw, shared, own):
+        draws.append(draw)
+        return own
+
+    rollout, _ = take(worker(flow, noise=noise), noisy=[2], record=[2, 3])
+    assert draws == [0, 0, 0, 3, 3, 3], "a draw for each group: the initial noise, then that of step 2"
+    fresh = torch.cat([group_noise(group, 3, SHAPE, lambda draw, shared, own: own) for group in groups()])
+    x, t, s = rollout.trajectory.x[:, 0], torch.tensor(0.75), torch.tensor(0.625)
+    condition = rollout.condition[rollout.group]
+    clean = x - t * GaussianFlow()(x, t, condition, None).detach()
+    assert torch.allclose(rollout.trajectory.x[:, 1], (1 - s) * clean + s * fresh, atol=1e-5)
+
+
+def test_guidance_moves_away_from_the_negative_prompt(flow):
     """The velocity is linear in the mean, so guidance 3 away from a mean of 2 is a mean of 2 + 3 (length - 2)."""
-    guided = worker(flow, steps=64, guidance=3.0, negative="no").draw(groups())
+    guided, _ = take(worker(flow, steps=64, guidance=3.0, negative="no"))
     expected = 2 + 3 * (lengths() - 2) + SPREAD * sample_noise(guided.seeds, SHAPE)
     assert torch.allclose(ends(guided), expected, atol=5e-2)
 
 
 @pytest.mark.parametrize(
-    ("solver", "guidance", "nfe"), [("euler", 1.0, 8), ("heun", 1.0, 15), ("dpmpp_2m", 4.0, 16), ("heun", 4.0, 30)]
+    ("solver", "guidance", "noisy", "nfe"),
+    [("euler", 1.0, [], 8), ("heun", 1.0, [], 15), ("dpmpp_2m", 4.0, [], 16), ("heun", 4.0, [], 30), ("heun", 4.0, [1, 7], 28)],
 )
-def test_network_evaluations(flow, solver, guidance, nfe):
+def test_network_evaluations(flow, solver, guidance, noisy, nfe):
     drawer = worker(flow, solver=SOLVERS[solver], guidance=guidance)
-    assert drawer.nfe == nfe
-    drawer.draw(groups(size=4))  # 12 samples are three full batches of 4
+    assert drawer.nfe(Plan(source="teacher", noisy=noisy)) == nfe
+    take(drawer, groups(size=4), noisy=noisy)  # 12 samples are three full batches of 4
     assert flow.rows == 12 * nfe
+
+
+@pytest.mark.parametrize(
+    ("group", "most", "rows"), [(12, 64, 60), (12, 12, 12), (12, 5, 4), (12, 1, 1), (2, 64, 64), (7, 6, 1)]
+)
+def test_micro_batches_never_cut_a_group_unevenly(group, most, rows):
+    assert micro_batch_rows(group, most) == rows
+    assert groups_of_a_micro_batch(group, most) == max(1, rows // group)
 
 
 @pytest.fixture(scope="module")
@@ -187,25 +258,25 @@ def sd3(tmp_path_factory):
 
 def sd3_worker(sd3, **options):
     grid, shape = sd3.time_grid(3), sd3.latent_shape()
-    return RolloutWorker(sd3, solver=SOLVERS["dpmpp_2m"], grid=grid, shape=shape, record=range(4), **options)
+    return Worker(sd3, solver=SOLVERS["dpmpp_2m"], grid=grid, shape=shape, **options)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("micro_batch", [1, 4, 16])
-def test_a_group_is_the_same_to_the_last_bit_whatever_else_is_drawn(sd3, micro_batch, guidance):
-    drawer = sd3_worker(sd3, micro_batch=micro_batch, guidance=guidance)
+@pytest.mark.parametrize("most", [1, 4, 16])
+def test_a_group_is_the_same_to_the_last_bit_whatever_else_is_drawn(sd3, most, guidance):
+    drawer = sd3_worker(sd3, most=most, guidance=guidance)
     prompts = [Prompt(str(i), text) for i, text in enumerate(["a red circle", "a blue seven", "", "a white cross at the top"])]
     drawn = seed_groups(prompts, 3, 0, 1)
-    together = drawer.draw(drawn)
-    assert (together.images[0] - together.images[3]).abs().max() > 0.01
+    together, images = take(drawer, drawn, record=range(4))
+    assert (images[0] - images[3]).abs().max() > 0.01
     for order in ([0], [2], [3, 1], [1, 2, 3, 0]):
-        some = drawer.draw([drawn[i] for i in order])
+        some, some_images = take(drawer, [drawn[i] for i in order], record=range(4))
         rows = [row for i in order for row in range(3 * i, 3 * i + 3)]
-        assert torch.equal(some.images, together.images[rows])
+        assert torch.equal(some_images, images[rows])
         assert torch.equal(some.trajectory.x, together.trajectory.x[rows])
 
 
 def test_another_micro_batch_gives_the_same_up_to_rounding(sd3):
     drawn = seed_groups([Prompt("1", "a red circle"), Prompt("2", "a blue seven")], 3, 0, 1)
-    small, large = (sd3_worker(sd3, micro_batch=m).draw(drawn) for m in (1, 8))
-    assert torch.allclose(small.images, large.images, atol=1e-4)
+    small, large = (take(sd3_worker(sd3, most=m), drawn)[1] for m in (1, 8))
+    assert torch.allclose(small, large, atol=1e-4)
