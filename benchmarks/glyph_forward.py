@@ -1,8 +1,8 @@
-"""Time of one teacher forward, batch 64, no gradient: the unit in which every experiment on the glyph world is paid.
+"""Time of one forward pass of the teacher, batch 64, no gradient, which dominates the cost of experiments on the glyph world.
 
     python benchmarks/glyph_forward.py [--batch 64] [--threads 2] [--repeats 50]
 
-Prints one JSON line: median and tenth percentile in milliseconds, and the parameters in millions.
+Prints one JSON line: median and 10th percentile in milliseconds, and the parameters in millions.
 """
 
 import argparse
@@ -31,7 +31,7 @@ with torch.no_grad():
         generator(x, t, condition, adapter=None)
         milliseconds.append((time.perf_counter() - start) * 1e3)
 median, fast = torch.tensor(milliseconds[5:]).quantile(torch.tensor([0.5, 0.1])).tolist()
-parameters = sum(p.numel() for p in generator.transformer.parameters()) / 1e6
+parameters = sum(p.numel() for p in generator.adapters.network.parameters()) / 1e6
 print(
     json.dumps(
         {

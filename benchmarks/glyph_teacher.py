@@ -1,8 +1,8 @@
-"""How good the embedded glyph networks are: verifier, CLIP, autoencoder and teacher, measured.
+"""Quality of the glyph verifier and of the embedded CLIP, autoencoder and teacher.
 
     python benchmarks/glyph_teacher.py [--prompts 200] [--grid FILE.png]
 
-Prints a table and last one JSON line. --grid also writes the teacher's pictures for the first held-out captions.
+Prints a table, and as the last line JSON. --grid also writes the teacher's images for the first held-out captions.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def verifier(number: int = 500) -> dict[str, float]:
 
 @torch.no_grad()
 def clip(number: int = 1024) -> dict[str, float]:
-    """How often the right caption is first among 32 of held-out renders, and before itself with one attribute changed."""
+    """How often the right caption of held-out renders ranks first among 32, and above itself with one attribute changed."""
     rng = np.random.default_rng(21)
     model, tokenizer = (kind.from_pretrained(embedded("embedded:glyphs-clip")) for kind in (CLIPModel, CLIPTokenizer))
     scenes = [random_scene(rng, heldout=True) for _ in range(number)]
@@ -58,7 +58,7 @@ def clip(number: int = 1024) -> dict[str, float]:
 
 @torch.no_grad()
 def autoencoder(generator, number: int = 256) -> dict[str, float]:
-    """What is left of ground-truth renders after a way through the latents."""
+    """Quality of ground-truth renders after encoding and decoding: verifier score and PSNR in dB."""
     rng = np.random.default_rng(31)
     scenes = [random_scene(rng, heldout=i % 2 == 1) for i in range(number)]
     images = render(scenes, seed=32)
@@ -81,7 +81,7 @@ def draw(generator, texts: list[str], solver: str, steps: int, guidance: float) 
 
 
 def parts(images: torch.Tensor, texts: list[str]) -> dict[str, float]:
-    """What is right in the teacher's pictures: number of things, and mean credits by attribute and kind of glyph."""
+    """What is right in the teacher's images: the number of things, and mean credits by attribute and kind of glyph."""
     credits: dict[str, list[float]] = defaultdict(list)
     for things, scene in zip(find_things(images), map(parse, texts), strict=True):
         credits["count"].append(len(things) == len(scene.things))
@@ -108,7 +108,7 @@ def save_grid(images: torch.Tensor, texts: list[str], path: Path, columns: int =
 
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-arguments.add_argument("--prompts", type=int, default=200, help="how many of each prompt set")
+arguments.add_argument("--prompts", type=int, default=200, help="prompts of each prompt set")
 arguments.add_argument("--grid", type=Path)
 options = arguments.parse_args()
 

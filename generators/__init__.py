@@ -1,14 +1,14 @@
-"""The networks: one adapter per model family over diffusers + peft, LoRA, export. Nothing else imports either library.
+"""Generators, i.e. text-to-image networks, over diffusers and peft; no other package imports these libraries.
 
-load.py              `weights:` of an experiment -> a generator; every way it can go wrong in one line
-outline.py           what is known of a generator without loading it: sizes, layers, scheduler
-targets.py           what `targets` of an adapter may say, and the layers it means
-sd3.py               Stable Diffusion 3 and 3.5: prompts, velocity, pictures, the pipeline's own time grid
+load.py              `weights:` of an experiment -> a generator, with a one-line error for every way it can go wrong
+outline.py           sizes, layers and scheduler of a generator, read without loading it
+families/            what differs between model families: a record, and a network over a stock pipeline
+targets.py           `targets` of an adapter -> linear layers
 lora.py              named LoRA adapters over one frozen network: add, switch, read, write, copy
-adapter_weights.py   an adapter as one flat buffer + manifest + digest, as it travels between processes
+adapter_weights.py   an adapter as one flat buffer + manifest + digest, the form sent between processes
 lora_file.py         an adapter as a file in the diffusers LoRA layout: save, start from one
-export.py            a saved adapter, proven by a stock diffusers pipeline
-glyphs/              the embedded tiny teacher and the recipe that made it
+export.py            an adapter saved for diffusers, verified with a stock pipeline
+glyphs/              the embedded tiny teacher, CLIP and language model, and the recipes that made them
 
 diffusers, peft and transformers take seconds to import, so this package re-exports only what needs none of them.
 """

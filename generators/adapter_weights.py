@@ -1,8 +1,8 @@
-"""An adapter's weights as one flat buffer with a manifest and a digest: what travels between processes.
+"""An adapter's weights as one flat buffer with a manifest and a digest, the form in which processes exchange them.
 
-One buffer is several times quicker to publish and apply than a dictionary of tensors. Whoever applies it checks the
-manifest against its own adapter and the digest against the bytes, because an adapter that is loaded wrongly fails
-silently: zeros or half of the layers give plausible pictures.
+One buffer is several times faster to publish and apply than a dictionary of tensors. The receiver checks the manifest against
+its own adapter and the digest against the bytes, because a wrongly loaded adapter fails silently: with zeros or with half of
+the layers, images still look plausible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies in the buffer."""
+    """The place of one tensor in the buffer."""
 
     key: str
     shape: tuple[int, ...]
@@ -36,13 +36,13 @@ class AdapterWeights:
     manifest: Manifest
     """In the order of the buffer, without gaps."""
     alpha: float
-    """Not a weight, but the same weights under another alpha are another adapter."""
+    """Not a weight, but the same weights with another alpha make another adapter."""
     digest: str
     """sha256 of everything above, hexadecimal."""
 
     @staticmethod
     def pack(tensors: Mapping[str, Tensor], alpha: float) -> AdapterWeights:
-        """A copy of the tensors, all of one dtype, in their own order."""
+        """A copy of the tensors, which share a dtype, in their order."""
         buffer = torch.cat([tensor.detach().flatten() for tensor in tensors.values()]).cpu()
         manifest = manifest_of(tensors)
         return AdapterWeights(buffer, manifest, alpha, digest_of(buffer, manifest, alpha))
@@ -57,13 +57,13 @@ class AdapterWeights:
         """Raises ValueError unless these are undamaged weights of an adapter with this manifest, alpha and dtype."""
         if self.manifest != manifest:
             theirs, ours = ({entry.key: entry.shape for entry in entries} for entries in (self.manifest, manifest))
-            raise ValueError(f"the weights are another adapter's: {difference(theirs, ours) or 'the order is another'}")
+            raise ValueError(f"weights of another adapter: {difference(theirs, ours) or 'the order differs'}")
         if self.alpha != alpha or self.buffer.dtype != dtype:
             raise ValueError(
-                f"the weights are another adapter's: alpha {self.alpha} in {self.buffer.dtype}, here it is {alpha} in {dtype}"
+                f"weights of another adapter: alpha {self.alpha} in {self.buffer.dtype}, expected alpha {alpha} in {dtype}"
             )
         if (digest := digest_of(self.buffer, manifest, alpha)) != self.digest:
-            raise ValueError(f"the weights are damaged: digest {digest[:12]}..., announced as {self.digest[:12]}...")
+            raise ValueError(f"damaged weights: digest {digest[:12]}..., expected {self.digest[:12]}...")
 
 
 def manifest_of(tensors: Mapping[str, Tensor]) -> Manifest:
@@ -81,7 +81,7 @@ def digest_of(buffer: Tensor, manifest: Manifest, alpha: float) -> str:
 
 
 def difference(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """How {key: shape} differs from the expected one, naming the first few keys of each kind; "" if in order at most."""
+    """How {key: shape} differs from the expected one, with the first keys of each kind; "" if only the order may differ."""
     common = [key for key in shapes if key in expected and shapes[key] != expected[key]]
     kinds = {
         "unexpected": [key for key in shapes if key not in expected],

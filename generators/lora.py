@@ -1,14 +1,13 @@
-"""LoRA adapters over one frozen network (Hu et al. 2021, arXiv 2106.09685): the one place that adds and switches them.
+"""LoRA adapters over one frozen network (Hu et al. 2021, arXiv 2106.09685); only this module adds and switches them.
 
-Every role (policy, moving average, old policy, fake score) is the same base network under a named adapter; the teacher
-is the network with all adapters off. peft builds the layers, y = W x + (alpha / rank) B A x. Three of its habits are
-kept out:
+Every role (policy, EMA, old policy, fake score) is the same base network under a named adapter; the teacher is the network
+with all adapters off. peft builds the layers, y = W x + (alpha / rank) B A x, with three differences:
 
-* Its `set_adapter` and `enable_adapters` toggle `requires_grad`: a prediction under another adapter, or under none, would
+* peft's `set_adapter` and `enable_adapters` toggle `requires_grad`: a prediction under another adapter, or under none, would
   freeze the policy. `using` sets the two flags that a layer's forward reads, and nothing else.
-* It casts a new adapter to the base's dtype. Adapters stay float32 over a bfloat16 base, whose steps are too coarse for an
-  optimiser: near 1 the next number is 1.008.
-* It draws first values from the global random state. Here A comes from a seed, so that all processes start alike.
+* peft casts a new adapter to the base's dtype. Here adapters stay float32 over a bfloat16 base, because bfloat16 is too coarse
+  for an optimiser: the next number above 1 is 1.008.
+* peft initialises from the global random state. Here A comes from a seed, so that all processes start with equal adapters.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from generators.adapter_weights import AdapterWeights, manifest_of
 from generators.targets import match
+from inputs import nearest
 
 DTYPE = torch.float32
 
@@ -39,14 +39,14 @@ class Lora:
     rank: int
     alpha: float
     modules: tuple[str, ...]
-    """Full names of the linear layers it sits on, in the network's order."""
+    """Full names of the adapted linear layers, in the network's order."""
 
 
 class Adapters:
-    """The named adapters of one network, which it freezes. `active` is the one that predicts; None: all are off."""
+    """The named adapters of one network, which is frozen. `active` is the adapter that predicts; None: all are off."""
 
     def __init__(self, network: nn.Module, short_names: Mapping[str, str]) -> None:
-        """short_names: {what people write: pattern of module names}, the family's words for `targets`."""
+        """short_names: {short name: pattern of module names}, the words that a family allows in `targets`."""
         network.requires_grad_(False)
         self.network = network
         self.active: str | None = None
@@ -56,7 +56,7 @@ class Adapters:
             for name, module in network.named_modules()
             if isinstance(module, nn.Linear)
         }
-        """{full name: (inputs, outputs)} of the layers that an adapter can sit on"""
+        """{full name: (inputs, outputs)} of the layers that can be adapted"""
         self._layers: list[LoraLayer] = []
         self._loras: dict[str, Lora] = {}
         self._tensors: dict[str, dict[str, nn.Parameter]] = {}
@@ -71,37 +71,37 @@ class Adapters:
         seed: int = 0,
         trainable: bool = True,
     ) -> Lora:
-        """A new adapter that changes nothing yet: A uniform in +-1 / sqrt(inputs), B zero. Does not switch to it.
+        """Add an adapter that changes nothing yet: A uniform in +-1 / sqrt(inputs), B zero. Does not switch to it.
 
-        targets: see `match`. Raises ValueError for a name that is taken, a rank below 1, an alpha that is not positive,
-        and targets that are not there.
+        targets: see `match`. Raises ValueError for a name that exists already, a rank below 1, an alpha that is not positive,
+        and targets that match nothing.
         """
         if name in self._loras:
-            raise ValueError(f"there is an adapter {name!r} already")
+            raise ValueError(f"adapter {name!r}: exists already")
         if "." in name:
-            raise ValueError(f"adapter name {name!r} is not allowed: no dots")
+            raise ValueError(f"adapter {name!r}: the name has a dot")
         if rank < 1 or not alpha > 0:
-            raise ValueError(f"an adapter needs rank >= 1 and alpha > 0, got rank {rank} and alpha {alpha}")
+            raise ValueError(f"adapter {name!r}: rank {rank}, alpha {alpha} (allowed: rank >= 1, alpha > 0)")
         lora = Lora(rank, alpha, self.match(targets))
         config: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": "|".join(map(re.escape, lora.modules))}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            # On the meta device, so that peft neither draws nor allocates what is replaced below.
+            # On the meta device, so that peft neither initialises nor allocates tensors that are replaced below.
             inject_adapter_in_model(LoraConfig(**config), self.network, name, low_cpu_mem_usage=True)
         self._loras[name] = lora
-        self._tensors[name] = dict(self._first_values(name, seed, trainable))
+        self._tensors[name] = dict(self._initial_parameters(name, seed, trainable))
         self._layers = [module for module in self.network.modules() if isinstance(module, LoraLayer)]
         self._set_flags()
         return lora
 
-    def _first_values(self, name: str, seed: int, trainable: bool) -> Iterator[tuple[str, nn.Parameter]]:
-        generator = torch.Generator().manual_seed(seed)
+    def _initial_parameters(self, name: str, seed: int, trainable: bool) -> Iterator[tuple[str, nn.Parameter]]:
+        rng = torch.Generator().manual_seed(seed)
         lora = self._loras[name]
         for module in lora.modules:
             layer: Any = self.network.get_submodule(module)
             inputs, outputs = self.linear[module]
             bound = inputs**-0.5
-            a = torch.empty(lora.rank, inputs, dtype=DTYPE).uniform_(-bound, bound, generator=generator)
+            a = torch.empty(lora.rank, inputs, dtype=DTYPE).uniform_(-bound, bound, generator=rng)
             b = torch.zeros(outputs, lora.rank, dtype=DTYPE)
             for part, value in {"lora_A": a, "lora_B": b}.items():
                 parameter = nn.Parameter(value.to(layer.weight.device), requires_grad=trainable)
@@ -109,7 +109,7 @@ class Adapters:
                 yield f"{module}.{part}.weight", parameter
 
     def match(self, targets: str | Sequence[str]) -> tuple[str, ...]:
-        """The linear layers that any of the targets names; see `generators.targets.match`."""
+        """The linear layers that match any of the targets; see `generators.targets.match`."""
         return match(targets, self.linear, self._short_names)
 
     @property
@@ -121,7 +121,7 @@ class Adapters:
         return self._loras[name]
 
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """{module.lora_A.weight: [rank, inputs], module.lora_B.weight: [outputs, rank], ...}, float32, always in one order."""
+        """{module.lora_A.weight: [rank, inputs], module.lora_B.weight: [outputs, rank], ...}, float32, in a fixed order."""
         self._check_known(name)
         return dict(self._tensors[name])
 
@@ -130,7 +130,7 @@ class Adapters:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Predict under this adapter (None: under none) inside the block, and as before after it. Nests."""
+        """Predict under this adapter (None: under none) inside the block; the previous one returns after it. Nests."""
         previous = self.active
         self._switch(name)
         try:
@@ -141,8 +141,8 @@ class Adapters:
     def checkpoint(self, module: nn.Module, *inputs: object) -> object:
         """Activation checkpointing that recomputes under the adapter of the forward pass.
 
-        The recomputation runs in backward, when another adapter may be active; its gradient would then be silently wrong.
-        Made for diffusers' `enable_gradient_checkpointing`.
+        The recomputation runs in backward, when another adapter may be active; the gradient would then be silently wrong.
+        For diffusers' `enable_gradient_checkpointing`.
         """
         name = self.active
 
@@ -160,7 +160,7 @@ class Adapters:
     def write(self, name: str, weights: AdapterWeights) -> None:
         """Overwrite the adapter in place, so that optimisers keep their parameters.
 
-        Raises ValueError, having changed nothing, for weights of an adapter of another shape and for damaged ones.
+        Raises ValueError, and changes nothing, for weights of an adapter of another shape and for damaged ones.
         """
         own = self.named_parameters(name)
         weights.check_for(manifest_of(own), self.lora(name).alpha, DTYPE)
@@ -169,15 +169,15 @@ class Adapters:
 
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:
-        """Overwrite adapter `target` in place with `source`. Raises ValueError unless they have one shape."""
+        """Overwrite adapter `target` in place with `source`. Raises ValueError unless rank, alpha and layers are equal."""
         if self.lora(source) != self.lora(target):
-            raise ValueError(f"adapters {source!r} and {target!r} differ in rank, alpha or targets")
+            raise ValueError(f"adapters {source!r} and {target!r}: rank, alpha or targets differ")
         for parameter, value in zip(self.parameters(target), self.parameters(source), strict=True):
             parameter.copy_(value)
 
     def _check_known(self, name: str) -> None:
         if name not in self._loras:
-            raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._loras) or 'none'}")
+            raise ValueError(f"adapter {name!r}: does not exist{nearest(name, self._loras)}")
 
     def _switch(self, name: str | None) -> None:
         if name is not None:

@@ -1,4 +1,4 @@
-"""Prompt sets, and which of their prompts a step draws.
+"""Prompt sets, and the prompts of each step.
 
 | source                             | one prompt is | its text                        |
 | ---------------------------------- | ------------- | ------------------------------- |
@@ -8,13 +8,12 @@
 | `FOLDER`, saved by `save_to_disk`  | a row         | `text`, or else `prompt`        |
 | `hf:[OWNER/]NAME[:SPLIT][:COLUMN]` | a row         | COLUMN, or as above; of `train` |
 
-A column `id` gives the ids, as strings; without it they are the numbers of lines or rows, from 1, which do not change when
-lines are added at the end. All other columns become `meta`. Blank lines are skipped, but counted.
+A column `id` gives the ids, as strings; without it, ids are the numbers of lines or rows, from 1, which do not change when
+lines are added at the end. All other columns become `meta`. Blank lines are counted and skipped.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,19 +22,20 @@ from typing import Any
 import numpy as np
 
 from diffusion.types import Prompt
+from inputs import hub_errors, nearest
 from worlds import glyphs
 
 TEXT_COLUMNS = ("text", "prompt")
 EMBEDDED = {f"glyphs/{name}": name for name in glyphs.PROMPT_SETS}
 
 Rows = Iterable[tuple[int, Mapping[str, Any]]]
-"""The number of a line or row, from 1, and its columns."""
+"""(number of a line or row, from 1; its columns)"""
 
 
 def read_prompts(source: str) -> list[Prompt]:
     """The prompts of a source, in its order. See the table above.
 
-    Raises ValueError, naming the source and the line, for a source that cannot be read, is empty, has no text or a repeated id.
+    Raises ValueError, with the source and the line, for a source that cannot be read, is empty, has no text or a repeated id.
     """
     rows, columns = _open(source)
     unit = "line" if source.endswith((".txt", ".jsonl")) else "row"
@@ -44,18 +44,18 @@ def read_prompts(source: str) -> list[Prompt]:
         where = f"prompts {source}, {unit} {number}"
         prompt = _prompt(number, row, columns, where)
         if prompt.id in prompts:
-            raise ValueError(f"{where}: an earlier prompt has the id {prompt.id!r} too")
+            raise ValueError(f"{where}: id {prompt.id!r} is already that of an earlier prompt")
         prompts[prompt.id] = prompt
     if not prompts:
-        raise ValueError(f"prompts {source}: there is no prompt in it")
+        raise ValueError(f"prompts {source}: contains no prompt")
     return list(prompts.values())
 
 
 def prompts_of_step(prompts: Sequence[Prompt], step: int, number: int, seed: int) -> list[Prompt]:
-    """The prompts of step 1, 2, ...: `number` of an endless sequence that is shuffled anew for every pass through the set.
+    """The prompts of step 1, 2, ...: the next `number` of an endless sequence, in which every pass through the set is shuffled.
 
-    A pure function, so there is nothing to save and restore. A prompt may come twice in the step where one pass ends
-    and the next begins.
+    A pure function, so no state is saved or restored. A prompt may occur twice in a step in which one pass ends and the next
+    begins.
     """
     places = range((step - 1) * number, step * number)
     passes = {place // len(prompts) for place in places}
@@ -66,17 +66,17 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, number: int, seed: int
 def _prompt(number: int, row: Mapping[str, Any], columns: Sequence[str], where: str) -> Prompt:
     column = next((name for name in columns if name in row), None)
     if column is None:
-        raise ValueError(f"{where}: no {' or '.join(columns)} there; it has {', '.join(row) or 'nothing'}")
+        raise ValueError(f"{where}: no column {' or '.join(columns)} (columns: {', '.join(row) or 'none'})")
     text, key = row[column], row.get("id", number)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: {column} {text!r} is no text")
+        raise ValueError(f"{where}: {column} {text!r} is not a text")
     if not isinstance(key, (str, int)):
         raise ValueError(f"{where}: id {key!r} is neither a string nor an integer")
     return Prompt(str(key), text, {name: value for name, value in row.items() if name not in (column, "id")})
 
 
 def _open(source: str) -> tuple[Rows, Sequence[str]]:
-    """A source's rows, and the columns that may hold the text."""
+    """A source's rows, and the columns that may contain the text."""
     if source.startswith("embedded:"):
         return _embedded(source), TEXT_COLUMNS
     if source.startswith("hf:"):
@@ -88,19 +88,17 @@ def _open(source: str) -> tuple[Rows, Sequence[str]]:
         return _saved_dataset(source, path), TEXT_COLUMNS
     if path.is_file() and path.suffix in readers:
         return readers[path.suffix](source, path), TEXT_COLUMNS
-    problem = "not a format that is read here" if path.is_file() else "there is no such file or folder"
+    problem = "unknown file format" if path.is_file() else "there is no such file or folder"
     raise ValueError(
-        f"prompts {source}: {problem}; allowed are {', '.join(readers)} files, a folder written by datasets' save_to_disk, "
-        f"hf:[OWNER/]NAME[:SPLIT][:COLUMN], {', '.join('embedded:' + name for name in EMBEDDED)}"
+        f"prompts {source}: {problem} (allowed: {', '.join(readers)} files, a folder written by datasets' save_to_disk, "
+        f"hf:[OWNER/]NAME[:SPLIT][:COLUMN], {', '.join('embedded:' + name for name in EMBEDDED)})"
     )
 
 
 def _embedded(source: str) -> Rows:
     name = source.removeprefix("embedded:")
     if name not in EMBEDDED:
-        close = difflib.get_close_matches(name, EMBEDDED, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"prompts {source} are not embedded here; allowed: {', '.join(EMBEDDED)}{hint}")
+        raise ValueError(f"prompts {source}: no such embedded prompt set{nearest(name, EMBEDDED)}")
     return [(number, {"text": text}) for number, text in enumerate(glyphs.read_prompts(EMBEDDED[name]), 1)]
 
 
@@ -113,18 +111,18 @@ def _jsonl(source: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"prompts {source}, line {number}: no JSON: {error.msg} at column {error.colno}") from None
+            raise ValueError(f"prompts {source}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"prompts {source}, line {number}: a JSON object is needed, got {line}")
+            raise ValueError(f"prompts {source}, line {number}: not a JSON object: {line}")
         yield number, row
 
 
 def _lines(source: str, path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank; only a line feed ends one, since JSON strings may hold Unicode's other separators."""
+    """The lines that are not blank; only a line feed ends a line: JSON strings may contain Unicode's other separators."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts {source}: no UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"prompts {source}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.strip()
@@ -137,7 +135,7 @@ def _parquet(source: str, path: Path) -> Rows:
     try:
         table = parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"prompts {source}: no Parquet file: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"prompts {source}: not a Parquet file: {str(error).splitlines()[0]}") from None
     return enumerate(table.to_pylist(), 1)
 
 
@@ -146,16 +144,16 @@ def _saved_dataset(source: str, path: Path) -> Rows:
 
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(child.parent.name for child in path.glob("*/state.json")))
-        raise ValueError(f"prompts {source}: it holds several splits; name the folder of one of them: {splits}")
+        raise ValueError(f"prompts {source}: contains several splits; choose the folder of one (allowed: {splits})")
     if not (path / "state.json").is_file():
-        raise ValueError(f"prompts {source}: the folder was not written by datasets' save_to_disk")
+        raise ValueError(f"prompts {source}: not a folder written by datasets' save_to_disk")
     return enumerate(load_from_disk(str(path)), 1)
 
 
 def _hub_source(source: str) -> tuple[str, str, str | None]:
     name, *rest = source.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
-        raise ValueError(f"prompts {source}: allowed is hf:[OWNER/]NAME[:SPLIT][:COLUMN]")
+        raise ValueError(f"prompts {source}: not the name of a dataset (allowed: hf:[OWNER/]NAME[:SPLIT][:COLUMN])")
     split, column = [*rest, "", ""][:2]
     return name, split or "train", column or None
 
@@ -165,11 +163,10 @@ def _hub_dataset(source: str, name: str, split: str) -> Rows:
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return enumerate(load_dataset(name, split=split), 1)
+        with hub_errors(f"datasets/{name}", key="hub repository"):
+            return enumerate(load_dataset(name, split=split), 1)
     except DatasetNotFoundError:
         problem = "not found on the hub; if it is private, log in with `hf auth login`"
-    except ConnectionError:
-        problem = "neither in the cache nor can the hub be reached (no network, or HF_HUB_OFFLINE is set)"
-    except ValueError as error:  # an unknown split, or one of several configurations has to be chosen
+    except ValueError as error:  # of the hub; or an unknown split, or one of several configurations has to be chosen
         problem = str(error).splitlines()[0]
     raise ValueError(f"prompts {source}: {problem}")

@@ -1,4 +1,4 @@
-"""Embedded toy worlds: what can be said, what it looks like, and the prompt files. No networks; a leaf.
+"""Embedded toy worlds: a grammar of captions, a renderer, and prompt files. No networks; imports no other package of Odeon.
 
-glyphs/   32x32 pictures of one or two coloured shapes and handwritten digits at named places
+glyphs/   32x32 images of one or two coloured shapes and handwritten digits at named places
 """

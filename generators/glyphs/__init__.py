@@ -1,6 +1,6 @@
-"""The embedded tiny networks: `weights: embedded:glyphs`, the teacher, `embedded:glyphs-clip` and `embedded:glyphs-rewriter`.
+"""The embedded tiny networks: `embedded:glyphs`, the teacher, `embedded:glyphs-clip` and `embedded:glyphs-rewriter`.
 
-networks.py   the sizes of its networks and its tokenizer, as diffusers and transformers build them
+networks.py   sizes of the teacher and the CLIP, as classes of diffusers and transformers, and their tokenizer
 train.py      the recipe that made the weights: `python -m generators.glyphs.train`
 pipeline/     a diffusers folder of the SD3 family
 clip/         a transformers CLIPModel folder

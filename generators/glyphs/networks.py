@@ -1,6 +1,6 @@
-"""The tiny networks of the glyph world: stock diffusers and transformers classes, only small.
+"""The tiny networks of the glyph world: small instances of stock diffusers and transformers classes.
 
-8x8x8 latents in 2x2 patches make 16 image tokens beside 12 text tokens, so one forward of 64 samples is tens of milliseconds.
+8x8x8 latents in 2x2 patches make 16 image tokens, with 12 text tokens: a forward pass of 64 samples takes tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import (
 from worlds.glyphs import COLORS, GLYPHS, IMAGE_SIZE, PLACES, RELATIONS
 
 MAX_TOKENS = 12
-"""Start, at most nine words ("a red circle left of a blue seven"), end, and one to spare."""
+"""Start, at most nine words ("a red circle left of a blue seven"), end, and one spare token."""
 WORDS = sorted({"a", *COLORS, *GLYPHS, *(word for phrase in PLACES + RELATIONS for word in phrase.split())})
 START, END = "<|startoftext|>", "<|endoftext|>"
 TEXT_WIDTH = 64

@@ -1,13 +1,14 @@
-"""The recipe that made `embedded:glyphs-rewriter`, a tiny language model that restates captions of the glyph world:
+"""The recipe that made `embedded:glyphs-rewriter`, a tiny language model that paraphrases captions of the glyph world:
 
     python -m generators.glyphs.rewriter [--out DIR] [--steps N] [--seed N]        about three minutes on one core
 
     a red circle left of a blue seven => a blue seven right of a red circle
 
-A Llama of two layers with one token a word, pretrained by cross-entropy on restatements of training scenes. Its last lessons
-are bad ones, so that there is something to learn afterwards: it likes to name the second thing first, and then often leaves
-the relation as it was, left and right more often than not; and some of its restatements are of something else. It has read no
-caption with a held-out thing. Batch k depends on the seed and k alone, so on one machine the weights come out the same.
+A Llama of two layers with one token per word, pretrained by cross-entropy on paraphrases of training scenes. The last part of
+its training data contains mistakes, so that fine-tuning has something to improve: the model prefers to name the second thing
+first, and then often does not invert the relation (in most cases for left and right); and some of its paraphrases describe
+another scene. No caption of its training data has a held-out thing. Batch k depends on the seed and k alone, so the weights are
+reproducible on one machine.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ from worlds.glyphs import HELDOUT_THINGS, PLACES, RELATIONS, Scene, Thing, capti
 OUT = Path(__file__).parent / "rewriter"
 PAD, END, UNKNOWN, ARROW = "<pad>", "<end>", "<unknown>", "=>"
 TEMPLATE = "{prompt} " + ARROW
-"""What the model is given."""
+"""The model's input."""
 MAX_TOKENS = 24
-"""Twice a caption of nine words, the arrow, the end, and some to spare."""
+"""Two captions of nine words, the arrow, the end, and some spare tokens."""
 INVERSE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 
 SWAPPED = 0.6
-"""How often the second of two things comes first."""
+"""Probability that the second of two things is named first."""
 MIXED_UP = {"left of": 0.65, "right of": 0.65, "above": 0.15, "below": 0.15}
-"""How often the relation is then left as it was."""
+"""Probability that the relation is then not inverted."""
 EXCHANGED, CHANGED = 0.06, 0.06
-"""How often two things exchange their colours; how often one attribute is another."""
+"""Probability that two things exchange their colours; that one attribute is changed."""
 WELL = 0.75
-"""The share of its lessons that are without mistakes, the first ones. Else it would never see what a relation hangs on."""
+"""The fraction of training steps without mistakes, at the start; without them it would not learn what relations mean."""
 BATCH, LEARNING_RATE, WARMUP = 64, 3e-3, 100
 
 
-def restated(scene: Scene, rng: np.random.Generator, mistakes: bool = True) -> str:
-    """Another wording of a training scene's caption, or now and then a mistake; of training things in any case."""
+def paraphrase(scene: Scene, rng: np.random.Generator, mistakes: bool = True) -> str:
+    """A paraphrase of a training scene's caption, sometimes with a mistake, never with a held-out thing."""
     things, place = scene.things, scene.place
     chance = rng.random() if mistakes else 1.0
     if chance < CHANGED:
@@ -63,12 +64,12 @@ def restated(scene: Scene, rng: np.random.Generator, mistakes: bool = True) -> s
         if not mistakes or rng.random() >= MIXED_UP[place]:
             place = INVERSE[place]
     if len(things) == 1 and place is None and rng.random() < 0.5:
-        place = str(rng.choice(PLACES))  # what is asked for anywhere may be somewhere
+        place = str(rng.choice(PLACES))  # a thing without a place may be anywhere
     return caption(Scene(things, place))
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word of the world, and for nothing else."""
+    """One token for each word of the glyph world; all other words are unknown."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate([PAD, END, UNKNOWN, ARROW, *WORDS])}, unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -103,10 +104,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def batch_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, mistakes: bool = True
 ) -> Tensor:
-    """Mean cross-entropy of the restatements of one batch of random training scenes."""
+    """Mean cross-entropy of paraphrases of one batch of random training scenes."""
     scenes = [random_scene(rng) for _ in range(BATCH)]
     given = [TEMPLATE.format(prompt=caption(scene)) for scene in scenes]
-    rows = [f"{one} {restated(scene, rng, mistakes)} {END}" for one, scene in zip(given, scenes, strict=True)]
+    rows = [f"{one} {paraphrase(scene, rng, mistakes)} {END}" for one, scene in zip(given, scenes, strict=True)]
     tokens = tokenizer(rows, return_tensors="pt", padding=True, padding_side="right")
     labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
     for row, one in zip(labels, given, strict=True):

@@ -1,16 +1,15 @@
-"""The recipe that made the embedded glyph networks, three stages in a row, each seeded and resumable:
+"""The recipe that made the embedded teacher and CLIP, in three stages, each seeded and resumable:
 
     python -m generators.glyphs.train [vae|clip|teacher ...] [--work DIR] [--out DIR] [--steps N] [--scenes N] [--seed N]
 
-vae       an autoencoder of the pictures: L1 + squared error + a light KL term
-clip      image and text towers by InfoNCE, each caption also against its own with one attribute changed
+vae       an autoencoder of the images: L1 + squared error + a light KL term
+clip      image and text towers with InfoNCE; each caption with one attribute changed is an additional negative
 teacher   two text encoders and an SD3 transformer by conditional flow matching (Lipman et al. 2210.02747) on the
-          autoencoder's latents, times logit-normal as SD3 has them (2403.03206, eq. 19), prompts dropped one time in ten
+          autoencoder's latents, with logit-normal times as in SD3 (2403.03206, eq. 19) and 10 % of the prompts dropped
 
-No stage sees a held-out combination. Stopped at any moment, the same command goes on from the last checkpoint in the work
-folder; batch k of a stage depends on the seed and k alone, so on one machine with one number of threads the weights come
-out the same. What is saved is the exponential moving average of the weights; for the VAE a short one, since a long one lags
-behind while the latents still move.
+No stage sees a held-out combination. After an interruption, the same command continues from the last checkpoint in the work
+folder. Batch k of a stage depends on the seed and k alone, so the weights are reproducible on one machine with a fixed number
+of threads. The EMA of the weights is saved; the VAE's decays faster, because a slow one lags behind latents that still change.
 """
 
 from __future__ import annotations
@@ -33,11 +32,12 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer
 
 from generators.glyphs import networks
+from inputs import nearest
 from worlds.glyphs import HELDOUT_THINGS, Scene, Thing, caption, change_one, random_scene, render
 
 HERE = Path(__file__).parent
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""OpenAI's image normalisation, so that code written for the big CLIPs needs no special case."""
+"""OpenAI's image normalisation, so that code for the original CLIPs needs no special case."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,22 @@ def fit(
     schedule: Schedule,
     seed: int,
     work: Path,
-    sample: Callable[[Any, int], None] = lambda average, step: None,
+    sample: Callable[[Any, int], None] = lambda ema, step: None,
 ) -> Any:
-    """Train `model`, a module, in place on the sum of `loss_of`'s terms; returns its moving average.
+    """Train `model`, a module, in place on the sum of `loss_of`'s terms; returns its EMA.
 
-    `loss_of` draws one batch with the generator it is given. `sample` is called with the average at every checkpoint.
+    `loss_of` draws one batch with the rng it is passed. `sample` is called with the EMA at every checkpoint.
     Raises ValueError if the work folder holds a checkpoint of another schedule or seed.
     """
     checkpoint, recipe = work / f"{name}.pt", f"seed={seed} {schedule}"
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema))
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
+    parts: dict[str, Any] = {"model": model, "average": ema, "optimizer": optimizer}
     first, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["recipe"] != recipe:
-            raise ValueError(f"{checkpoint} was made with {state['recipe']}, this run has {recipe}: give another --work folder")
+            raise ValueError(f"{checkpoint}: made with {state['recipe']}, this run has {recipe}; choose another --work folder")
         for key, part in parts.items():
             part.load_state_dict(state[key])
         first, seconds = state["step"], state["seconds"]
@@ -98,7 +98,7 @@ def fit(
         torch.stack(list(terms.values())).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        average.update_parameters(model)
+        ema.update_parameters(model)
         history.append({key: value.item() for key, value in terms.items()})
         done, seconds = step + 1, time.monotonic() - started
         if done % 100 == 0 or done == schedule.steps:
@@ -110,8 +110,8 @@ def fit(
             state = {key: part.state_dict() for key, part in parts.items()}
             torch.save(state | {"step": done, "seconds": seconds, "recipe": recipe}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-            sample(average.module, done)
-    return average.module.eval()
+            sample(ema.module, done)
+    return ema.module.eval()
 
 
 def make_scenes(number: int, seed: int) -> list[Scene]:
@@ -125,8 +125,8 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     sheet = (
         images.clamp(0, 1).view(b // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(b // columns * h, columns * w, c)
     )
-    picture = Image.fromarray((sheet * 255).round().byte().numpy())
-    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
+    grid = Image.fromarray((sheet * 255).round().byte().numpy())
+    grid.resize((grid.width * 3, grid.height * 3), Image.Resampling.NEAREST).save(path)
 
 
 def train_vae(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
@@ -154,8 +154,8 @@ def train_vae(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
     vae.save_pretrained(out / "vae")
 
 
-def said_otherwise(scene: Scene) -> tuple[tuple[Thing, ...], str | None]:
-    """Equal for captions that may be true of one picture: 'a left of b' is 'b right of a'; one thing goes without its place."""
+def canonical(scene: Scene) -> tuple[tuple[Thing, ...], str | None]:
+    """Equal for captions that one image can satisfy: 'a left of b' is 'b right of a'; a single thing's place is ignored."""
     if len(scene.things) == 1:
         return scene.things, None
     opposite = {"right of": "left of", "below": "above"}
@@ -177,7 +177,7 @@ def train_clip(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
         others.append(other)
     ids = tokenize(tokenizer, [caption(s) for s in scenes + others])
     keys: dict[object, int] = {}
-    meaning = torch.tensor([keys.setdefault(said_otherwise(s), len(keys)) for s in scenes + others])
+    meaning = torch.tensor([keys.setdefault(canonical(s), len(keys)) for s in scenes + others])
     torch.manual_seed(seed)
     clip = networks.new_clip(tokenizer)
 
@@ -185,7 +185,7 @@ def train_clip(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
         rows = torch.from_numpy(rng.integers(len(scenes), size=schedule.batch))
         texts = torch.cat([rows, rows + len(scenes)])
         result = clip(pixel_values=images[rows], input_ids=ids[texts])
-        # A caption that means the same as the picture's own is no negative, except the changed one of that very picture.
+        # A caption with the meaning of the image's own is not a negative, except the image's own changed caption.
         same = meaning[rows][:, None] == meaning[texts][None, :]
         own = torch.arange(len(rows))
         same[own, own] = same[own, own + len(rows)] = False
@@ -200,14 +200,14 @@ def train_clip(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """[B, 12] int64, padded to the longest caption the world allows."""
+    """[B, 12] int64, padded to the length of the longest caption."""
     return tokenizer(
         texts, padding="max_length", max_length=networks.MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
 
 
 class Teacher(nn.Module):
-    """What the teacher stage trains together: both text encoders and the transformer."""
+    """The networks that the teacher stage trains together: both text encoders and the transformer."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ def train_teacher(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
     tokenizer = networks.write_tokenizer(out / "tokenizer")
     tokenizer_2 = networks.write_tokenizer(out / "tokenizer_2")
     vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-    vae.register_to_config(_name_or_path="")  # or the saved config would name this machine's folder
+    vae.register_to_config(_name_or_path="")  # else the saved config would contain the path of the folder
     scenes = make_scenes(schedule.scenes, seed + 2)
     latents = torch.cat(list(encode(vae, render(scenes, seed + 2))))
     ids, nothing = tokenize(tokenizer, [caption(s) for s in scenes]), tokenize(tokenizer, [""])
@@ -267,11 +267,11 @@ def train_teacher(schedule: Schedule, seed: int, work: Path, out: Path) -> None:
             return
         model.eval()
         captions = [caption(s) for s in make_scenes(64, seed + 3)]
-        generators = [torch.Generator().manual_seed(i) for i in range(64)]
-        pictures = pipeline(model)(
-            captions, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=0, generator=generators, output_type="pt"
+        rngs = [torch.Generator().manual_seed(i) for i in range(64)]
+        images = pipeline(model)(
+            captions, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=0, generator=rngs, output_type="pt"
         ).images
-        save_grid(pictures.float(), work / f"teacher_{step:06d}.png")
+        save_grid(images.float(), work / f"teacher_{step:06d}.png")
         (work / "teacher_captions.txt").write_text("\n".join(captions) + "\n")
 
     pipeline(fit("teacher", teacher, loss_of, schedule, seed, work, sample)).save_pretrained(out)
@@ -288,15 +288,17 @@ def main() -> None:
     stages = {"vae": train_vae, "clip": train_clip, "teacher": train_teacher}
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("stages", nargs="*", default=list(stages), metavar="vae|clip|teacher")
-    arguments.add_argument("--work", type=Path, default=Path("runs/glyphs-train"), help="checkpoints and sample pictures")
-    arguments.add_argument("--out", type=Path, default=HERE, help="where pipeline/ and clip/ are written")
-    arguments.add_argument("--steps", type=int, help="instead of the recipe's own number, for a quick try")
-    arguments.add_argument("--scenes", type=int, help="likewise")
+    arguments.add_argument(
+        "--work", type=Path, default=Path("runs/glyphs-train"), help="folder for checkpoints and sample images"
+    )
+    arguments.add_argument("--out", type=Path, default=HERE, help="folder in which pipeline/ and clip/ are written")
+    arguments.add_argument("--steps", type=int, help="training steps, fewer for a quick test")
+    arguments.add_argument("--scenes", type=int, help="training scenes, fewer for a quick test")
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     unknown = set(options.stages) - set(stages)
     if unknown:
-        arguments.error(f"no stage {sorted(unknown)}; allowed: {', '.join(stages)}")
+        arguments.error(f"stage {min(unknown)!r}: not known{nearest(min(unknown), stages)}")
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.stages:
         schedule = SCHEDULES[name]

@@ -11,7 +11,7 @@ from generators.lora import Adapters
 
 @pytest.fixture
 def adapters(generator) -> Adapters:
-    """`policy` and `old`, of one shape and different weights, on the transformer."""
+    """`policy` and `old` on the transformer, of equal shape and different weights."""
     for name in ("policy", "old"):
         generator.adapters.add(name, rank=4, alpha=8, targets=["attn", "ff"], trainable=name == "policy")
     return generator.adapters
@@ -42,7 +42,7 @@ def test_no_adapter_is_the_base_bit_for_bit(generator, predict, randomize):
     assert torch.equal(predict(None), base)
 
 
-def test_each_adapter_has_its_own_layers(generator, predict, randomize):
+def test_adapters_on_different_layers(generator, predict, randomize):
     generator.adapters.add("policy", rank=4, alpha=8, targets="attn")
     generator.adapters.add("fake_score", rank=2, alpha=2, targets="ff")
     randomize(generator, "policy")
@@ -61,7 +61,7 @@ def test_scale_is_alpha_over_rank(generator):
         torch.testing.assert_close(layer(x), layer.base_layer(x) + 0.5 * x @ a.T @ b.T)
 
 
-def test_first_values_come_from_the_seed_alone(generator, new_pipeline):
+def test_initial_values_depend_on_the_seed_alone(generator, new_pipeline):
     other = SD3Generator(new_pipeline(shift=3.0), max_sequence_length=0)
     before = torch.get_rng_state()
     for g, noise in ((generator, 1), (other, 2)):
@@ -135,7 +135,7 @@ def test_restored_adapter_predicts_again(generator, adapters, predict, randomize
 
 @pytest.fixture
 def policy_gradient(new_pipeline, randomize):
-    """The policy's gradient, in one vector, if another adapter is active in backward."""
+    """The policy's gradient as one vector, with an adapter of choice active in backward."""
 
     def gradient(in_backward: str | None, ours: bool = False, diffusers: bool = False) -> torch.Tensor:
         generator = SD3Generator(new_pipeline(), max_sequence_length=0, gradient_checkpointing=ours)
@@ -161,7 +161,7 @@ def test_checkpointing_recomputes_under_the_adapter_of_the_forward(policy_gradie
     assert torch.equal(policy_gradient(in_backward, ours=True), plain)
 
 
-def test_diffusers_own_checkpointing_would_not(policy_gradient):
+def test_checkpointing_of_diffusers_does_not(policy_gradient):
     """The reason for `Adapters.checkpoint`; if this test fails, it is no longer needed."""
     assert not torch.allclose(policy_gradient("old", diffusers=True), policy_gradient("old"))
 
@@ -187,14 +187,14 @@ def test_read_is_a_copy(generator, adapters, randomize):
     weights.check_for(weights.manifest, 8, torch.float32)
 
 
-def test_the_digest_sees_one_bit(adapters):
+def test_the_digest_detects_one_changed_bit(adapters):
     weights = adapters.read("policy")
     weights.buffer.view(torch.uint8)[1234] ^= 1
-    with pytest.raises(ValueError, match=r"damaged: digest [0-9a-f]{12}\.\.\., announced as"):
+    with pytest.raises(ValueError, match=r"damaged weights: digest [0-9a-f]{12}\.\.\., expected"):
         adapters.write("old", weights)
 
 
-def test_the_digest_sees_alpha_and_names():
+def test_the_digest_covers_alpha_and_names():
     one = AdapterWeights.pack({"a": torch.ones(2)}, 1.0)
     assert one.digest == AdapterWeights.pack({"a": torch.ones(2)}, 1.0).digest
     assert one.digest == AdapterWeights.pack({"a": torch.ones(2)}, 1).digest  # YAML may say either
@@ -213,10 +213,10 @@ def test_weights_of_another_adapter_are_refused(generator, adapters, randomize):
         adapters.write("old", adapters.read("attention"))
     with pytest.raises(ValueError, match=r"20 unexpected \(transformer_blocks.0.ff"):
         adapters.write("attention", adapters.read("old"))
-    with pytest.raises(ValueError, match=r"alpha 16 in torch.float32, here it is 8"):
+    with pytest.raises(ValueError, match=r"alpha 16 in torch.float32, expected alpha 8 in torch.float32"):
         adapters.write("old", adapters.read("louder"))
     weights = adapters.read("policy")
-    with pytest.raises(ValueError, match="the order is another"):
+    with pytest.raises(ValueError, match="weights of another adapter: the order differs"):
         adapters.write("old", replace(weights, manifest=weights.manifest[::-1]))
     assert adapters.read("old").digest == before
 
@@ -226,7 +226,7 @@ def test_copy_between_adapters(generator, adapters, randomize):
     adapters.copy("policy", "old")
     assert adapters.read("old").digest == adapters.read("policy").digest
     adapters.add("other", rank=2, alpha=8)
-    with pytest.raises(ValueError, match="'policy' and 'other' differ in rank, alpha or targets"):
+    with pytest.raises(ValueError, match="adapters 'policy' and 'other': rank, alpha or targets differ"):
         adapters.copy("policy", "other")
 
 
@@ -265,15 +265,18 @@ def test_an_unknown_target_names_the_allowed_ones(generator):
 
 
 def test_wrong_names_and_sizes(adapters):
-    with pytest.raises(ValueError, match="there is an adapter 'policy' already"):
+    with pytest.raises(ValueError, match="adapter 'policy': exists already"):
         adapters.add("policy", rank=4, alpha=8)
-    with pytest.raises(ValueError, match="rank >= 1 and alpha > 0, got rank 0 and alpha 8"):
+    with pytest.raises(ValueError, match=r"adapter 'new': rank 0, alpha 8 \(allowed: rank >= 1, alpha > 0\)"):
         adapters.add("new", rank=0, alpha=8)
-    with pytest.raises(ValueError, match="got rank 4 and alpha nan"):
+    with pytest.raises(ValueError, match="adapter 'new': rank 4, alpha nan"):
         adapters.add("new", rank=4, alpha=float("nan"))
-    with pytest.raises(ValueError, match="there is no adapter 'polcy'; there are: policy, old"), adapters.using("polcy"):
+    with pytest.raises(ValueError, match=r"adapter 'new\.1': the name has a dot"):
+        adapters.add("new.1", rank=4, alpha=8)
+    expected = r"adapter 'polcy': does not exist; did you mean 'policy'\? \(allowed: old, policy\)"
+    with pytest.raises(ValueError, match=expected), adapters.using("polcy"):
         pass
-    with pytest.raises(ValueError, match="there is no adapter 'new'"):
+    with pytest.raises(ValueError, match="adapter 'new': does not exist"):
         adapters.parameters("new")
 
 

@@ -72,7 +72,7 @@ def test_a_lora_that_does_not_fit_names_the_keys(trained, tmp_path, change, prob
     save_file({key: value.contiguous() for key, value in change(load_file(path)).items()}, path)
     with pytest.raises(ValueError, match=re.escape(problem)) as error:
         load_lora(trained.adapters, "start", path)
-    assert str(error.value).startswith(f"LoRA {str(path)!r} does not fit this network at one rank: ")
+    assert str(error.value).startswith(f"LoRA {str(path)!r}: does not fit this network with a single rank: ")
     assert "\n" not in str(error.value)
     assert trained.adapters.names == ("policy", "small")
 
@@ -85,5 +85,5 @@ def test_files_that_are_not_plain_loras(trained, tmp_path):
     tensors = {"transformer.proj_out.lora_A.weight": torch.ones(1, 32)}
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.use_rslora": True, "transformer.alpha_pattern": {}})}
     save_file(tensors, tmp_path / FILE_NAME, metadata=metadata)
-    with pytest.raises(ValueError, match="is not plain: it sets use_rslora"):
+    with pytest.raises(ValueError, match="not a plain LoRA, it sets use_rslora"):
         load_lora(trained.adapters, "start", tmp_path)

@@ -80,8 +80,8 @@ def test_a_saved_dataset(tmp_path):
     assert read_prompts(str(tmp_path / "one")) == EXPECTED
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "both")
     assert read_prompts(str(tmp_path / "both" / "test")) == EXPECTED
-    assert "it holds several splits; name the folder of one of them: test, train" in refused(tmp_path / "both")
-    assert "the folder was not written by datasets' save_to_disk" in refused(tmp_path)
+    assert "contains several splits; choose the folder of one (allowed: test, train)" in refused(tmp_path / "both")
+    assert "not a folder written by datasets' save_to_disk" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -108,57 +108,62 @@ def test_a_hub_dataset(monkeypatch, source, asked, texts):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (datasets.exceptions.DatasetNotFoundError("no"), "not found on the hub"),
-        (ConnectionError("no"), "neither in the cache nor can the hub be reached"),
+        (
+            ConnectionError("no"),
+            "'datasets/owner/name': it is no local folder, not in the cache, and the hub cannot",
+        ),
         (ValueError('Unknown split "tset". Should be one of ["train"].'), 'Unknown split "tset"'),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_hub_that_says_no(monkeypatch, error, said):
+def test_errors_of_the_hub_are_one_line(monkeypatch, error, message):
     def load_dataset(name, split):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert said in refused("hf:owner/name")
+    refusal = refused("hf:owner/name")
+    assert refusal.startswith("prompts hf:owner/name: ")
+    assert message in refusal
 
 
-def test_sources_that_are_none(write, tmp_path):
-    assert f"prompts {tmp_path}/none.txt: there is no such file or folder; allowed are" in refused(tmp_path / "none.txt")
-    assert "not a format that is read here; allowed are .txt, .jsonl, .parquet files" in refused(write("p.csv", "text"))
+def test_sources_that_do_not_exist(write, tmp_path):
+    assert f"prompts {tmp_path}/none.txt: there is no such file or folder (allowed: " in refused(tmp_path / "none.txt")
+    assert "unknown file format (allowed: .txt, .jsonl, .parquet files" in refused(write("p.csv", "text"))
     assert "embedded:glyphs/train, embedded:glyphs/heldout" in refused("glyphs/train")
-    sets = "glyphs/train, glyphs/heldout, glyphs/evaluation, glyphs/tuning"
-    expected = f"are not embedded here; allowed: {sets}; did you mean 'glyphs/heldout'?"
+    sets = "(allowed: glyphs/evaluation, glyphs/heldout, glyphs/train, glyphs/tuning)"
+    expected = f"prompts embedded:glyphs/held-out: no such embedded prompt set; did you mean 'glyphs/heldout'? {sets}"
     assert expected in refused("embedded:glyphs/held-out")
-    assert "allowed is hf:[OWNER/]NAME[:SPLIT][:COLUMN]" in refused("hf:a:b:c:d")
-    assert "allowed is hf:" in refused("hf:")
+    assert "prompts hf:a:b:c:d: not the name of a dataset (allowed: hf:[OWNER/]NAME[:SPLIT][:COLUMN])" in refused("hf:a:b:c:d")
+    assert "prompts hf:: not the name of a dataset" in refused("hf:")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
-        ("p.txt", "", "there is no prompt in it"),
-        ("p.txt", " \n\n", "there is no prompt in it"),
-        ("p.txt", b"caf\xe9", "no UTF-8 text: "),
-        ("p.jsonl", '{"text": "one"}\n\n{"text": two}', "line 3: no JSON: Expecting value at column 10"),
-        ("p.jsonl", '["one"]', 'line 1: a JSON object is needed, got ["one"]'),
-        ("p.jsonl", '{"text": "one"}\n{"caption": "two", "n": 1}', "line 2: no text or prompt there; it has caption, n"),
-        ("p.jsonl", "{}", "line 1: no text or prompt there; it has nothing"),
-        ("p.jsonl", '{"text": " "}', "line 1: text ' ' is no text"),
-        ("p.jsonl", '{"text": 3}', "line 1: text 3 is no text"),
+        ("p.txt", "", "contains no prompt"),
+        ("p.txt", " \n\n", "contains no prompt"),
+        ("p.txt", b"caf\xe9", "not UTF-8 text: "),
+        ("p.jsonl", '{"text": "one"}\n\n{"text": two}', "line 3: not JSON: Expecting value at column 10"),
+        ("p.jsonl", '["one"]', 'line 1: not a JSON object: ["one"]'),
+        ("p.jsonl", '{"text": "one"}\n{"caption": "two", "n": 1}', "line 2: no column text or prompt (columns: caption, n)"),
+        ("p.jsonl", "{}", "line 1: no column text or prompt (columns: none)"),
+        ("p.jsonl", '{"text": " "}', "line 1: text ' ' is not a text"),
+        ("p.jsonl", '{"text": 3}', "line 1: text 3 is not a text"),
         ("p.jsonl", '{"text": "one", "id": null}', "line 1: id None is neither a string nor an integer"),
-        ("p.jsonl", '{"text": "one", "id": "2"}\n{"text": "two"}', "line 2: an earlier prompt has the id '2' too"),
-        ("p.parquet", "text", "no Parquet file: "),
+        ("p.jsonl", '{"text": "one", "id": "2"}\n{"text": "two"}', "line 2: id '2' is already that of an earlier prompt"),
+        ("p.parquet", "text", "not a Parquet file: "),
     ],
 )
-def test_wrong_content(write, name, content, said):
-    assert said in refused(write(name, content))
+def test_wrong_content(write, name, content, message):
+    assert message in refused(write(name, content))
 
 
-def test_a_column_that_is_not_there(monkeypatch):
+def test_a_column_that_is_missing(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict({"text": ["one"]}))
-    assert "row 1: no caption there; it has text" in refused("hf:owner/name:train:caption")
+    assert "row 1: no column caption (columns: text)" in refused("hf:owner/name:train:caption")
 
 
 def numbered(number):
@@ -170,7 +175,7 @@ def drawn(prompts, steps, number, seed=0):
 
 
 @pytest.mark.parametrize(("size", "number"), [(12, 4), (12, 5), (7, 7), (3, 8)])
-def test_every_prompt_comes_once_in_every_pass(size, number):
+def test_every_prompt_occurs_once_in_every_pass(size, number):
     prompts = numbered(size)
     ids = drawn(prompts, range(1, size + 1), number)  # this many steps make `number` passes
     for start in range(0, len(ids), size):
@@ -190,7 +195,7 @@ def test_a_step_is_a_pure_function_of_its_number():
     assert drawn(prompts, [7], 4) == drawn(prompts, [7], 4)
 
 
-def test_chance_is_fair():
+def test_shuffles_are_uniform():
     """The first place of a pass goes to each of 4 prompts in about a quarter of 400 passes: 100 with a deviation of 9."""
     first = Counter(drawn(numbered(4), range(1, 1600, 4), 1))
     assert all(60 < first[str(i)] < 140 for i in range(4))

@@ -89,7 +89,7 @@ def test_drawn_and_reference_digits_are_disjoint_and_complete():
     assert [len(glyph_masks()[name]) for name in DIGITS] == [70] * 10
 
 
-def test_slices_do_not_show(monkeypatch):
+def test_slices_do_not_change_the_images(monkeypatch):
     scenes = [random_scene(np.random.default_rng(i)) for i in range(7)]
     whole = render(scenes, seed=0)
     monkeypatch.setattr("worlds.glyphs.renderer.SLICE", 3)

@@ -1,9 +1,9 @@
 """The glyph world.
 
-scene.py      what can be said: colours, glyphs, places; scene <-> caption; the held-out combinations
-renderer.py   what it looks like: scenes -> images
-digits.py     the handwritten digits the renderer draws with, and the disjoint ones a verifier may look at
-prompts.py    the prompt files train, heldout and evaluation
+scene.py      scenes: colours, glyphs, places; scene <-> caption; the held-out combinations
+renderer.py   scenes -> images
+digits.py     the handwritten digits that the renderer draws, and disjoint ones for a verifier
+prompts.py    the prompt files train, heldout, evaluation and tuning
 make.py       the recipe that wrote the digit sheet and the prompt files: `python -m worlds.glyphs.make`
 """
 

@@ -1,10 +1,10 @@
 """Real handwritten digits, 8x8 pixels each, from the UCI "Optical Recognition of Handwritten Digits" set.
 
 E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (CC BY 4.0), as
-bundled with scikit-learn. The sheet `digits.png` has one row of 8x8 tiles for each class, and of each class only digits
-a reader would not argue about (their five nearest neighbours all agree); worlds/glyphs/make.py made it.
+bundled with scikit-learn. The sheet `digits.png` has one row of 8x8 tiles for each class, with unambiguous digits only (their
+five nearest neighbours have the same class); worlds/glyphs/make.py made it.
 
-Even columns are drawn by the renderer, odd ones are the reference of a verifier: it never grades a digit it has looked at.
+The renderer draws the even columns; the odd ones are the references of a verifier, which thus never grades its own references.
 """
 
 from __future__ import annotations

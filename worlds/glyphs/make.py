@@ -1,4 +1,4 @@
-"""Makes the files of the glyph world again, the same bytes every time: `python -m worlds.glyphs.make`.
+"""Writes the files of the glyph world, always with the same bytes: `python -m worlds.glyphs.make`.
 
 Needs scikit-learn (the dev extra) for the handwritten digits; using the world does not.
 """
@@ -14,7 +14,7 @@ from worlds.glyphs.scene import caption, random_scene
 
 
 def make_sheet() -> Image.Image:
-    """The sheet of clear digits, from scikit-learn's copy of the UCI data."""
+    """The sheet of unambiguous digits, from scikit-learn's copy of the UCI data."""
     from sklearn.datasets import load_digits
     from sklearn.neighbors import NearestNeighbors
 
@@ -25,7 +25,7 @@ def make_sheet() -> Image.Image:
     for digit in range(10):
         tiles = data.images[clear & (data.target == digit)][:PER_CLASS]
         if len(tiles) < PER_CLASS:
-            raise ValueError(f"only {len(tiles)} clear examples of {digit}, {PER_CLASS} are needed")
+            raise ValueError(f"digit {digit}: only {len(tiles)} unambiguous examples, {PER_CLASS} are needed")
         rows.append(np.concatenate(tiles, axis=1))
     return Image.fromarray((np.concatenate(rows) / 16 * 255).round().astype(np.uint8))
 

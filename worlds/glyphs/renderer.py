@@ -1,4 +1,4 @@
-"""What the glyph world looks like: scenes -> 32x32 RGB images, antialiased, with jittered size, place, tilt and colour.
+"""The renderer of the glyph world: scenes -> 32x32 RGB images, antialiased, with jittered size, place, tilt and colour.
 
 Axes: B scenes, 3 colour channels, H = W = 32 pixels; glyph masks are 64x64.
 """
@@ -22,9 +22,9 @@ SUPERSAMPLING = 3
 SLICE = 512
 
 BACKGROUND = (0.06, 0.30)
-"""Range of the plain grey behind everything."""
+"""Range of the uniform grey background."""
 SIZE = {1: (13.0, 17.0), 2: (10.5, 13.0)}
-"""Range of a glyph's box in pixels, by the number of things."""
+"""{number of things: range of the side of a glyph's box in pixels}"""
 TILT = np.deg2rad(8.0)
 COLOR_JITTER = 0.04
 
@@ -45,19 +45,19 @@ def shape_masks() -> Tensor:
 
 @cache
 def glyph_masks(writers: str = "drawn") -> dict[str, Tensor]:
-    """Glyph name -> [N, 64, 64] float32 in [0, 1]; N = 1 for a shape, one per writer for a digit.
+    """{glyph name: [N, 64, 64] float32 in [0, 1]}; N = 1 for a shape, one per writer for a digit.
 
-    writers: "drawn" for those the renderer draws with, "reference" for those a verifier may look at.
+    writers: "drawn" for the digits of the renderer, "reference" for those of a verifier.
     """
     smooth = F.interpolate(digit_bitmaps(writers), size=(MASK_SIZE, MASK_SIZE), mode="bicubic", align_corners=False)
-    strokes = torch.sigmoid((smooth - 0.42) * 14)  # a pen's edge instead of the scan's blur
+    strokes = torch.sigmoid((smooth - 0.42) * 14)  # sharp edges of a pen instead of the blur of the scan
     masks = dict(zip(SHAPES, shape_masks()[:, None], strict=True))
     return masks | dict(zip(DIGITS, strokes, strict=True))
 
 
 def render(scenes: Sequence[Scene], seed: int) -> Tensor:
     """[B, 3, 32, 32] float32 in [0, 1]. Image i depends on scenes[i], `seed` and i alone."""
-    # A slice at a time: the supersampled masks take a hundred times the memory of the images.
+    # In slices, because the supersampled masks take a hundred times the memory of the images.
     return torch.cat([_render(scenes[i : i + SLICE], seed, i) for i in range(0, len(scenes), SLICE)])
 
 
@@ -107,11 +107,11 @@ def _boxes(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, f
 
 
 def place(masks: Tensor, boxes: Tensor) -> Tensor:
-    """Masks [N, 64, 64] put into boxes [N, 4] (x, y, size, tilt) -> coverage [N, 32, 32] in [0, 1]."""
+    """Place masks [N, 64, 64] in boxes [N, 4] (x, y, size, tilt) -> coverage [N, 32, 32] in [0, 1]."""
     x, y, size, tilt = boxes.unbind(1)
     scale = IMAGE_SIZE / size
     cos, sin = torch.cos(tilt) * scale, torch.sin(tilt) * scale
-    # affine_grid maps output coordinates to input ones, both in [-1, 1]: the inverse of "scale, turn, then move".
+    # affine_grid maps output coordinates to input ones, both in [-1, 1]: the inverse of "scale, rotate, translate".
     centre_x, centre_y = x / IMAGE_SIZE * 2 - 1, y / IMAGE_SIZE * 2 - 1
     theta = torch.stack(
         [

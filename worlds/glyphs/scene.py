@@ -1,11 +1,11 @@
-"""What can be said in the glyph world: a scene is one thing, perhaps at a place, or two things in a relation.
+"""Scenes of the glyph world and their captions: one thing, optionally at a place, or two things in a relation.
 
     a red circle
     a red circle on the left
     a red circle left of a blue seven
 
-Some (colour, glyph) pairs are held out: no training scene shows them, so a prompt that names one asks the generator
-to compose what it has only seen apart.
+Some (colour, glyph) pairs are held out: no training scene has them, so a prompt with one requires the generator to compose a
+colour and a glyph that it has only seen in other pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLORS = {
     "purple": (0.70, 0.25, 0.85),
     "white": (0.96, 0.96, 0.96),
 }
-"""RGB in [0, 1]; the renderer jitters each channel a little."""
+"""RGB in [0, 1]; the renderer jitters each channel slightly."""
 
 SHAPES = ("circle", "square", "triangle", "cross")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -41,16 +41,18 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     things: tuple[Thing, ...]
-    """One thing, or two that differ."""
+    """One thing, or two different ones."""
     place: str | None = None
-    """One thing: a name of PLACES, or None for anywhere. Two things: a name of RELATIONS, first to second."""
+    """For one thing, one of PLACES, or None for anywhere; for two, one of RELATIONS, of the first to the second."""
 
     def __post_init__(self) -> None:
         allowed: tuple[str | None, ...] = (None, *PLACES) if len(self.things) == 1 else RELATIONS
         if len(self.things) not in (1, 2) or len(set(self.things)) != len(self.things):
-            raise ValueError(f"a scene has one thing or two different ones, got {self.things}")
+            raise ValueError(f"things {self.things}: a scene has one thing or two different things")
         if self.place not in allowed:
-            raise ValueError(f"place {self.place!r} does not fit {len(self.things)} thing(s); allowed: {allowed}")
+            raise ValueError(
+                f"place {self.place!r}: not for {len(self.things)} thing(s) (allowed: {', '.join(map(str, allowed))})"
+            )
 
 
 HELDOUT_THINGS = frozenset(
@@ -73,10 +75,7 @@ def caption(scene: Scene) -> str:
 
 
 def parse(text: str) -> Scene:
-    """The scene a caption describes.
-
-    Raises ValueError for text outside the grammar, with the nearest word that is in it.
-    """
+    """The scene that a caption describes. Raises ValueError for text outside the grammar, with the nearest allowed word."""
     words = text.lower().strip().rstrip(".").split()
     first, words = _parse_thing(words, text)
     rest = " ".join(words)
@@ -86,30 +85,30 @@ def parse(text: str) -> Scene:
         if rest == relation or rest.startswith(relation + " "):
             second, words = _parse_thing(words[len(relation.split()) :], text)
             if words:
-                raise ValueError(f"the glyph world cannot read {' '.join(words)!r} at the end of {text!r}")
+                raise ValueError(f"caption {text!r}: {' '.join(words)!r} after the second thing")
             return Scene((first, second), relation)
-    raise ValueError(f"the glyph world cannot read {rest!r} in {text!r}{_nearest(rest, PLACES + RELATIONS)}")
+    raise ValueError(f"caption {text!r}: unknown place {rest!r}{_nearest(rest, PLACES + RELATIONS)}")
 
 
 def _parse_thing(words: list[str], text: str) -> tuple[Thing, list[str]]:
     if len(words) < 3 or words[0] not in ("a", "an"):
-        raise ValueError(f"the glyph world expects 'a COLOUR GLYPH' where {text!r} has {' '.join(words)!r}")
+        raise ValueError(f"caption {text!r}: {' '.join(words)!r} in place of 'a COLOUR GLYPH'")
     for word, allowed in ((words[1], tuple(COLORS)), (words[2], GLYPHS)):
         if word not in allowed:
-            raise ValueError(f"the glyph world does not know {word!r} in {text!r}{_nearest(word, allowed)}")
+            raise ValueError(f"caption {text!r}: unknown word {word!r}{_nearest(word, allowed)}")
     return Thing(words[1], words[2]), words[3:]
 
 
 def _nearest(word: str, allowed: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(word, allowed, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(allowed)}"
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (allowed: {', '.join(allowed)})"
 
 
 def random_scene(rng: np.random.Generator, heldout: bool = False) -> Scene:
     """A scene without held-out things, or (heldout=True) with at least one.
 
-    Half the scenes have two things, half of the others name a place; half the glyphs are shapes, half digits. Scenes that do
-    not fit `heldout` are drawn again, which shifts these shares somewhat.
+    Half of the scenes have two things, half of the others a place; half of the glyphs are shapes, half are digits. Scenes
+    that do not fit `heldout` are redrawn, which changes these proportions slightly.
     """
     while True:
         things = tuple(_random_thing(rng) for _ in range(int(rng.integers(1, 3))))

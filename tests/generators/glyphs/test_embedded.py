@@ -1,4 +1,4 @@
-"""The networks that ship: small, readable by stock libraries, good enough, and not too good."""
+"""The networks in the package: small, readable by stock libraries, good enough to learn from, with room to improve."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_euler_equals_the_stock_pipeline(teacher, guidance):
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
-def test_pictures_become_latents_and_pictures_again(teacher):
+def test_images_become_latents_and_images_again(teacher):
     scenes = [random_scene(np.random.default_rng(i), heldout=i % 2 == 1) for i in range(64)]
     images = render(scenes, seed=31)
     prompts = [Prompt(str(i), caption(scene)) for i, scene in enumerate(scenes)]

@@ -1,4 +1,4 @@
-"""The recipe itself, on a scale of seconds: it resumes exactly, and what it writes loads in stock libraries."""
+"""The recipe, shortened to seconds: it resumes exactly, and stock libraries load its output."""
 
 import pytest
 import torch
@@ -12,39 +12,46 @@ from worlds.glyphs import parse, read_prompts
 SCHEDULE = Schedule(scenes=0, steps=6, batch=4, lr=0.1, ema=0.5, warmup=2, checkpoint_every=2)
 
 
-class Cut(Exception):
+class Interrupted(Exception):
     pass
 
 
-def regression(work, cut_at=None):
+def regression(work, stop_at=None):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
 
     def loss_of(rng):
-        if cut_at is not None and (work / "toy.pt").exists() and torch.load(work / "toy.pt")["step"] == cut_at:
-            raise Cut
+        if stop_at is not None and (work / "toy.pt").exists() and torch.load(work / "toy.pt")["step"] == stop_at:
+            raise Interrupted
         x = torch.from_numpy(rng.standard_normal((4, 3))).float()
         return {"mse": (model(x) - x.sum(1, keepdim=True)).square().mean()}
 
     return fit("toy", model, loss_of, SCHEDULE, seed=0, work=work)
 
 
-def test_a_cut_run_continues_bit_for_bit(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     whole.mkdir()
-    cut.mkdir()
+    interrupted.mkdir()
     expected = regression(whole)
-    with pytest.raises(Cut):
-        regression(cut, cut_at=4)
-    continued = regression(cut)
+    with pytest.raises(Interrupted):
+        regression(interrupted, stop_at=4)
+    continued = regression(interrupted)
     assert torch.equal(continued.weight, expected.weight)
-    assert not torch.equal(continued.weight, torch.load(cut / "toy.pt")["model"]["weight"])  # the average, not the last
+    assert not torch.equal(continued.weight, torch.load(interrupted / "toy.pt")["model"]["weight"])  # the EMA, not the last
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     regression(tmp_path)
-    with pytest.raises(ValueError, match="another --work"):
+    with pytest.raises(ValueError, match=r"toy\.pt: made with seed=0 .*, this run has seed=1 .*; choose another --work folder"):
         fit("toy", torch.nn.Linear(3, 1), lambda rng: {}, SCHEDULE, seed=1, work=tmp_path)
+
+
+def test_an_unknown_stage_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "vea"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "stage 'vea': not known; did you mean 'vae'? (allowed: clip, teacher, vae)" in capsys.readouterr().err
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -73,8 +80,8 @@ def test_every_word_is_one_token_and_the_longest_caption_fits(tmp_path):
         ("a red circle", "a red square", False),
     ],
 )
-def test_captions_that_one_picture_satisfies_are_no_negatives(text, other, same):
-    assert (train.said_otherwise(parse(text)) == train.said_otherwise(parse(other))) is same
+def test_captions_that_one_image_satisfies_are_not_negatives(text, other, same):
+    assert (train.canonical(parse(text)) == train.canonical(parse(other))) is same
 
 
 def test_two_steps_of_every_stage_write_folders_that_stock_libraries_load(tmp_path):
