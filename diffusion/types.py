@@ -157,10 +157,10 @@ class Codec(Protocol):
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Images and their prompts -> scores. Says honestly whether a gradient reaches the images."""
+    """Images and their prompts -> scores."""
 
-    label: str
-    differentiable: bool
+    @property
+    def about(self) -> About: ...
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""

@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails
 from align import ALGORITHMS
 from diffusion import SOLVERS
 from generators.load import DTYPES, FAMILIES
-from rewards.registry import is_code, resolve
+from rewards import is_code, resolve
 
 
 class InputError(ValueError):
@@ -95,7 +95,7 @@ class PromptsSection(Section):
 
 
 class RewardsSection(Section):
-    """Entries are {name, label, weight, the scorer's own knobs ...}; `rewards.registry` knows them."""
+    """Entries are {name, label, weight, the scorer's own knobs ...}; see rewards/names.py."""
 
     train: tuple[dict[str, Any], ...] = Field(description="the mixture that is trained, a weighted mean")
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(

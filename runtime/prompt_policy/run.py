@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from diffusion import SOLVERS, Prompt, RewardModel, Scores
 from generators import embedded, weights_hash
 from generators.outline import Outline
-from rewards.parts.weights import hub_errors, hub_revision, is_on_hub
+from inputs import hub_errors, hub_revision, is_on_hub
 from rewards.trl import OURS, as_trl_reward
 from rollouts.prompts import prompts_of_step
 from rollouts.worker import Group, RolloutWorker, seed_groups
@@ -324,14 +325,10 @@ class Rewriting:
 class Remembered:
     """A reward that scores `rows` pictures at once, and remembers what it said last."""
 
-    differentiable = False
-
     def __init__(self, reward: RewardModel, rows: int) -> None:
         self.reward = reward
         self.rows = rows
-        self.label = reward.label
-        self.abstains = getattr(reward, "abstains", False)
-        self.drops = getattr(reward, "drops", False)
+        self.about = replace(reward.about, differentiable=False)
         self.scores: Scores | None = None
         self.seconds = 0.0
 

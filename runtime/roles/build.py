@@ -37,9 +37,10 @@ from diffusion import (
 from generators import embedded, load
 from generators.adapter_weights import AdapterWeights
 from generators.lora_file import load_lora
-from rewards import Elsewhere, build
+from rewards import Isolated, build
 from rewards.mixture import RewardError, normalized_then_summed
 from rewards.parts.compat import ensure_torchvision
+from rewards.wrappers import image_features
 from rollouts.worker import Group, RolloutWorker
 from runtime.executors.isolation import Child
 from runtime.experiment.config import Experiment, RolloutsSection
@@ -216,7 +217,7 @@ def worker(experiment: Experiment, generator: Any, rollouts: RolloutsSection, gr
     )
 
 
-def in_children(experiment: Experiment) -> Elsewhere:
+def in_children(experiment: Experiment) -> Isolated:
     """Each scorer with an environment of its own in a child process of this one."""
     return lambda entry: Child(entry, experiment.run.device, threads(experiment))
 
@@ -231,7 +232,7 @@ class Evaluator:
     """Draws held-out pictures and scores them with every reward, the trained mixture and the ones only looked at."""
 
     def __init__(
-        self, experiment: Experiment, generator: Any, rollouts: RolloutsSection, elsewhere: Elsewhere | None = None
+        self, experiment: Experiment, generator: Any, rollouts: RolloutsSection, elsewhere: Isolated | None = None
     ) -> None:
         """rollouts: the experiment's section, or another to evaluate with another solver.
 
@@ -263,15 +264,15 @@ class Evaluator:
         """Of a CLIP among the rewards, or else the picture at 8x8 pixels: [B, D]."""
         members = [*self.trained.members, *(self.watched.members if self.watched else [])]
         for reward, _ in members:
-            if hasattr(reward, "image_features"):
-                return torch.cat([reward.image_features(part) for part in images.split(self.worker.micro_batch)])
+            if (features := image_features(reward)) is not None:
+                return torch.cat([features(part) for part in images.split(self.worker.micro_batch)])
         return F.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
 class Sampler:
     """Draws groups and scores them. `units`: how many groups share a micro-batch, and so must stay together."""
 
-    def __init__(self, experiment: Experiment, generator: Any | None = None, elsewhere: Elsewhere | None = None) -> None:
+    def __init__(self, experiment: Experiment, generator: Any | None = None, elsewhere: Isolated | None = None) -> None:
         """generator: one to share, in a process that also learns; otherwise an own one is loaded. elsewhere: see Evaluator."""
         self.generator = generator if generator is not None else new_generator(experiment)
         objective, rollouts = new_objective(experiment), experiment.rollouts
@@ -342,7 +343,7 @@ class Trainer:
         experiment: Experiment,
         generator: Any | None = None,
         reward: RewardModel | None = None,
-        elsewhere: Elsewhere | None = None,
+        elsewhere: Isolated | None = None,
     ) -> None:
         """generator, reward: to share, in a process that also samples; else own ones are loaded. elsewhere: see Evaluator."""
         self.experiment = experiment

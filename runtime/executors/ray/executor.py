@@ -26,8 +26,9 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
+from diffusion.types import About
 from rewards.mixture import RewardError
-from rewards.transport.remote import Host
+from rewards.serve import EntryHost
 from rollouts.worker import Group
 from runtime.executors.inline import Batch, figures
 from runtime.executors.isolation import problem_with, python_of, variables
@@ -46,13 +47,13 @@ MOST_DEAD = 10
 
 
 class AskActor:
-    """The way to a scorer that runs in an actor with another interpreter; an `Ask`."""
+    """The way to a scorer that runs in an actor with another interpreter; a `Transport`."""
 
     def __init__(self, label: str) -> None:
         # Found by name, not handed over: Ray cannot promise to keep a handle for a worker that is restarted.
         self._label = label
         self._host: Any = ray.get_actor(name_of_host(label))
-        self.about: Mapping[str, Any] = self._got(self._host.about.remote())
+        self.about: About = self._got(self._host.about.remote())
 
     def __call__(self, request: bytes) -> bytes:
         return self._got(self._host.answer.remote(request))
@@ -257,7 +258,7 @@ def new_host(experiment: Experiment, entry: Mapping[str, Any], options: dict[str
     """An actor with the interpreter of the entry's environment that runs its scorer; Ray may repeat calls."""
     strategy: Any = "DEFAULT" if address == "local" else NodeAffinitySchedulingStrategy(node_with(entry["env"]), soft=False)
     runtime_env = {"py_executable": str(python_of(entry["env"])), "env_vars": variables()}
-    actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=ATTEMPTS)(Host)
+    actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=ATTEMPTS)(EntryHost)
     actor = actor.options(name=name_of_host(entry["label"]), runtime_env=runtime_env, scheduling_strategy=strategy)
     return actor.remote(entry, experiment.run.device, threads(experiment))
 
