@@ -128,7 +128,7 @@ def write_clip(folder: Path, sizes: dict[str, int]) -> int:
     from safetensors.torch import save_file
     from transformers import CLIPConfig, CLIPImageProcessorPil
 
-    from rewards.scorers.hpsv2 import Sizes, shapes, to_transformers
+    from rewards.parts.open_clip import Sizes, shapes, to_transformers
 
     write_clip_tokenizer(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
@@ -181,7 +181,8 @@ def write_head(file: Path) -> int:
 def write_hpsv2(folder: Path) -> tuple[dict[str, Any], int]:
     import torch
 
-    from rewards.scorers.hpsv2 import FILES, Sizes, shapes
+    from rewards.parts.open_clip import Sizes, shapes
+    from rewards.scorers.hpsv2 import FILES
 
     write_clip_tokenizer(folder)
     tensors = random_tensors(shapes(Sizes(**VIT_H)))
@@ -281,7 +282,7 @@ def measure(name: str, files: dict[str, Any], options: argparse.Namespace) -> di
         torch.autograd.grad(reward(tracked, prompts).total.sum(), tracked)
 
     for key, call in {"forward": forward, "gradient": backward}.items():
-        if key == "gradient" and not (options.gradient and reward.differentiable):
+        if key == "gradient" and not (options.gradient and reward.about.differentiable):
             continue
         found[f"{key}_images_per_s"] = number / seconds(call, torch.cuda.synchronize if device == "cuda" else lambda: None)
         found[f"{key}_peak_gb"] = (torch.cuda.max_memory_allocated() if device == "cuda" else resident()) / 1e9
@@ -344,7 +345,7 @@ def package_scores(folder: Path, images: Any, prompts: list[Any]) -> Any:
     compat.ensure_torchvision()
     from transformers import BertTokenizer
 
-    from rewards.parts.checkpoints import read_checkpoint
+    from rewards.parts.files import read_checkpoint
 
     network = package_image_reward(folder, BertTokenizer.from_pretrained(folder))
     network.load_state_dict(read_checkpoint(folder / "ImageReward.pt"))
@@ -359,7 +360,7 @@ def package_scores(folder: Path, images: Any, prompts: list[Any]) -> Any:
 
 def with_open_clip(knobs: dict[str, Any], images: Any, prompts: list[Any]) -> Any:
     from rewards.parts import compat
-    from rewards.parts.checkpoints import read_checkpoint
+    from rewards.parts.files import read_checkpoint
     from rewards.scorers.hpsv2 import FILES, Preprocess
 
     compat.ensure_torchvision()

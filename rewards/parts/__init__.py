@@ -1,1 +1,1 @@
-"""What several scorers share: CLIP-like networks, files and hub ids, and fixes for old packages. No scorer and no registry."""
+"""What several scorers share: facts, networks of CLIP's kind, files and hub ids, fixes for old packages. Imports no scorer."""

@@ -1,4 +1,4 @@
-"""How bright is the picture? A reward without weights, whose optimum everybody can see."""
+"""Mean luminance. A reward without weights, whose optimum is obvious."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from diffusion.types import Prompt, Scores
+from rewards.parts.facts import Facts
 
 LUMINANCE = (0.2126, 0.7152, 0.0722)
-"""Of red, green and blue (ITU-R BT.709-6, item 3.2), applied to the picture's values as they are stored."""
+"""Of red, green and blue (ITU-R BT.709-6, item 3.2), applied to the stored values without linearisation."""
 
 
 class Brightness:
-    """Mean luminance, in [0, 1]: 0 is a black picture, 1 a white one. The gradient is the same at every pixel."""
+    """Mean luminance, in [0, 1]: 0 is a black image, 1 a white one. The gradient is the same at every pixel."""
 
-    differentiable = True
-    bounds = (0.0, 1.0)
+    facts = Facts(differentiable=True)
 
     def __init__(self, label: str = "brightness") -> None:
-        self.label = label
+        self.about = self.facts.about(label)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
         total = (images.mean((2, 3)) * torch.tensor(LUMINANCE, device=images.device)).sum(1)
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})

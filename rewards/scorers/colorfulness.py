@@ -1,12 +1,12 @@
-"""How colourful is the picture? The third metric of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003):
+"""Colourfulness: the third metric of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003):
 
     rg = R - G,    yb = (R + G) / 2 - B
     M = sqrt(s_rg^2 + s_yb^2) + 0.3 sqrt(m_rg^2 + m_yb^2)        s, m: standard deviation and mean over the pixels
 
-They fitted 0.3 to what people said of photographs. Their channels go to 255, ours to 1: 255 M is the number of their tables.
+They fitted 0.3 to people's ratings of photographs. Their channels range to 255, ours to 1: 255 M is the number of their tables.
 
 Both roots are lengths of vectors, and torch's derivative of a length is 0 where the length is. So the gradient is finite for
-every picture, and 0 for a grey one: M is least there, and nothing says which colour to begin with.
+every image, and 0 for a grey one: M is minimal there, and no colour is preferred to another.
 
 Axes: B images, H height, W width.
 """
@@ -20,28 +20,28 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from diffusion.types import Prompt, Scores
+from rewards.parts.facts import Facts
 
 MEAN_WEIGHT = 0.3
 
 
 class Colorfulness:
-    """Hasler and Süsstrunk's M, in [0, 1.1673]: 0 is a grey picture, 1.15 one half red and half green.
+    """Hasler and Süsstrunk's M, in [0, 1.1673]: 0 is a grey image, 1.15 one half red and half green.
 
-    No colour is further than sqrt(1.25) from grey in the plane of rg and yb, so s <= sqrt(1.25 - m^2) for the two lengths s and
-    m of the formula, and M <= sqrt(1.25 (1 + 0.3^2)) = 1.16726. A mix of red, green, magenta and cyan gets there.
+    No colour is farther than sqrt(1.25) from grey in the plane of rg and yb, so s <= sqrt(1.25 - m^2) for the two lengths s and
+    m of the formula, and M <= sqrt(1.25 (1 + 0.3^2)) = 1.16726. A mix of red, green, magenta and cyan reaches it.
     """
 
-    differentiable = True
-    bounds = (0.0, 1.1673)
+    facts = Facts(differentiable=True, bounds=(0.0, 1.1673))
 
     def __init__(self, label: str = "colorfulness") -> None:
-        self.label = label
+        self.about = self.facts.about(label)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
-        # The last bits of a float32 sum hang on the batch's shape; those of a float64 sum are rounded away.
+        # The rounding of a float32 sum depends on the batch shape; that of a float64 sum does not survive the conversion.
         total = colorfulness(images.double()).float()
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
 
 def colorfulness(images: Tensor) -> Tensor:

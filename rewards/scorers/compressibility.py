@@ -1,17 +1,17 @@
-"""How few bits would JPEG spend on the picture? A stand-in with a gradient for rewards/scorers/jpeg_size.py.
+"""The bits that JPEG would spend on the image; a differentiable proxy of rewards/scorers/jpeg_size.py.
 
 Everything up to the quantised coefficients is the JPEG standard's (ITU-T T.81), without its rounding:
 
     RGB -> YCbCr                                     ITU-T T.871, 7
-    blocks of 8 x 8 pixels less 128 -> D x D^T       T.81, A.3.1 and A.3.3; D is the orthonormal DCT
+    blocks of 8 x 8 pixels minus 128 -> D x D^T      T.81, A.3.1 and A.3.3; D is the orthonormal DCT
     c = coefficient / step                           T.81, A.3.4; steps of tables K.1 and K.2, scaled by libjpeg's `quality`
-    first coefficient less the previous block's      T.81, F.1.1.5.1; "previous" as in reading, before the first one 0
+    first coefficient minus the previous block's     T.81, F.1.1.5.1; "previous" in reading order, 0 before the first block
 
-What replaces the entropy coder is ours: rate = sum log2(1 + |c|), about the bits that write a number of size |c| down, with
-|c| = sqrt(c^2 + w^2) - w. A tenth of a step for w rounds the kink off, at which a flat picture's gradient would be the sign of
-rounding errors. What a real coder spends on saying how long its numbers are is left out, so files are larger than this.
+The entropy coder is replaced by ours: rate = sum log2(1 + |c|), roughly the bits that write a number of size |c|, with
+|c| = sqrt(c^2 + w^2) - w. w, a tenth of a step, smooths the kink at 0, where the gradient of a flat image would be the sign of
+rounding errors. The bits that a real coder spends on the lengths of its numbers are not counted, so files are larger than this.
 
-Also ours: the colours keep their full resolution (4:4:4), so that their gradient reaches each pixel by itself.
+Also ours: the colours keep their full resolution (4:4:4), so that every pixel has a gradient of its own.
 
 Axes: B images, 3 planes Y Cb Cr, h x w blocks, 8 x 8 pixels or frequencies, the vertical one first.
 """
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from diffusion.types import Prompt, Scores
+from rewards.parts.facts import Facts
 
 LUMINANCE_STEPS = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -57,31 +58,30 @@ KINK = 0.1
 class Compressibility:
     """Minus the bits per pixel of a JPEG-like code, in [-22, 0]: higher is easier to compress, 0 is one grey of 128 / 255.
 
-    Sides that are no multiples of 8 are filled up by repeating the last row and column, and the pixels so gained count as
-    pixels: the score is per pixel that the code has to describe. No picture costs 22: steps are 1 or more and the squares of
-    a block's coefficients sum to 64 x 128^2 at most, so a pixel of a plane costs no more than
+    Sides that are not multiples of 8 are padded by repeating the last row and column, and the padded pixels count: the score is
+    per pixel that the code describes. No image reaches 22 bits: steps are 1 or more and the squares of a block's coefficients
+    sum to 64 x 128^2 at most, so a pixel of a plane costs no more than
     (63 log2(1 + 128 sqrt(64 / 63)) + log2(1 + 2048)) / 64 = 7.1 bits.
     """
 
-    differentiable = True
-    bounds = (-22.0, 0.0)
+    facts = Facts(differentiable=True, bounds=(-22.0, 0.0))
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
         quality: int = Field(
-            95, ge=1, le=100, description="JPEG's; lower forgives more, fine detail and colour first. jpeg_size: 95."
+            95, ge=1, le=100, description="JPEG's; lower ignores more, fine detail and colour first. jpeg_size: 95."
         )
 
     def __init__(self, quality: int = 95, label: str = "compressibility") -> None:
-        self.label = label
+        self.about = self.facts.about(label)
         self.quality = quality
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
-        # The last bits of float32 products and sums hang on the batch's shape; those of float64 ones are rounded away.
+        # The rounding of float32 products and sums depends on the batch shape; that of float64 does not survive the conversion.
         total = -bits_per_pixel(images.double(), self.quality).float()
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
 
 def bits_per_pixel(images: Tensor, quality: int) -> Tensor:
@@ -91,20 +91,20 @@ def bits_per_pixel(images: Tensor, quality: int) -> Tensor:
 
 
 def ycbcr(images: Tensor) -> Tensor:
-    """RGB images [B, 3, H, W] in [0, 1] -> Y, Cb, Cr less 128, [B, 3, H, W] in [-128, 127.5]."""
+    """RGB images [B, 3, H, W] in [0, 1] -> Y, Cb, Cr minus 128, [B, 3, H, W] in [-128, 127.5]."""
     red, green, blue = (255 * images).unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     return torch.stack([luminance - 128, (blue - luminance) / 1.772, (red - luminance) / 1.402], 1)
 
 
 def blocks(planes: Tensor) -> Tensor:
-    """planes [B, 3, H, W] -> [B, 3, h, w, 8, 8], the last row and column repeated where sides are no multiples of 8."""
+    """planes [B, 3, H, W] -> [B, 3, h, w, 8, 8], the last row and column repeated up to multiples of 8."""
     filled = F.pad(planes, (0, -planes.shape[3] % 8, 0, -planes.shape[2] % 8), mode="replicate")
     return filled.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
 
 
 def dct(blocks: Tensor) -> Tensor:
-    """Blocks [..., 8, 8] of pixels -> of coefficients."""
+    """Blocks [..., 8, 8] of pixels -> [..., 8, 8] DCT coefficients."""
     matrix = dct_matrix().to(blocks)
     return matrix @ blocks @ matrix.T
 
@@ -118,7 +118,7 @@ def dct_matrix() -> Tensor:
 
 
 def steps(quality: int) -> Tensor:
-    """Quantisation steps of Y, Cb and Cr, [3, 8, 8] integers in [1, 255]. At quality 50 they are the standard's own tables."""
+    """Quantisation steps of Y, Cb and Cr, [3, 8, 8] integers in [1, 255]. At quality 50 they are the standard's tables."""
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     tables = torch.tensor([LUMINANCE_STEPS, CHROMINANCE_STEPS, CHROMINANCE_STEPS])
     return ((tables * percent + 50) // 100).clamp(1, 255)
@@ -133,5 +133,5 @@ def rate(coefficients: Tensor) -> Tensor:
 
 
 def size(numbers: Tensor) -> Tensor:
-    """|c| without its kink: 0 at 0, and never more than w below |c|."""
+    """|c| with a smooth minimum: 0 at 0, and at most w below |c|."""
     return (numbers**2 + KINK**2).sqrt() - KINK

@@ -1,14 +1,14 @@
-"""Would people like this picture for this caption? ImageReward (Xu et al. 2023, arXiv 2304.05977), through its package
-image-reward 1.5: BLIP's text encoder looks at the picture, and a linear head makes one number of it.
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977): how much people like an image for a caption, through its package
+image-reward 1.5. BLIP's text encoder attends to the image, and a linear head maps its output to one number.
 
-The score is the package's: (head - 0.167) / 1.033, without limits, about standard normal on the pictures it was tuned on.
+The score is the package's: (head - 0.167) / 1.033, without limits, roughly standard normal on the images it was tuned on.
 
-What differs from the package:
+Deviations from the package:
 
-* Pictures are tensors and carry a gradient. The package prepares PIL pictures, whose resizing rounds to 8 bits after each of
-  its two passes; ours keeps floats and clips to [0, 1], as bytes would. A pixel then moves by about 1/255 on smooth pictures,
-  and by up to 10/255 on noise. At 224 pixels on the shorter side nothing is resized, and the scores are equal.
-* The checkpoint has to be complete, and nothing else: the package loads what fits and keeps random weights for the rest.
+* Images are tensors and carry a gradient. The package preprocesses PIL images, whose resizing rounds to 8 bits after each of
+  its two passes; here values stay floats and are clipped to [0, 1], as bytes would be. A pixel then differs by about 1/255 on
+  smooth images, and by up to 10/255 on noise. At 224 pixels on the shorter side nothing is resized, and the scores are equal.
+* The checkpoint must hold exactly the network's weights: the package loads what fits and keeps random weights for the rest.
 * Always in evaluation mode: the image tower drops whole layers in training.
 
 Axes: B images, M of them in one forward pass.
@@ -28,39 +28,36 @@ from torch import Tensor
 
 from diffusion.types import Prompt, Scores
 from rewards.parts import compat
-from rewards.parts.checkpoints import check_file, check_keys, check_tokenizer, local_file, read_checkpoint, tokenizer_folder
-from rewards.scorers.clip_score import Dtype, in_dtype
-from rewards.scorers.hpsv2 import MEAN, STD, middle_square
+from rewards.parts.clip import Dtype, center_square, in_dtype, normalized
+from rewards.parts.facts import Facts
+from rewards.parts.files import check_file, check_keys, check_tokenizer, local_file, read_checkpoint, tokenizer_folder
 
 WEIGHTS_FILE, CONFIG_FILE = "ImageReward.pt", "med_config.json"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json")
 TOKENS = 35
-"""A caption is padded or cut off to so many."""
+"""A caption is padded or truncated to this many."""
 WIDTH = 768
-"""Of the text encoder; the package's head is made for it."""
+"""Of the text encoder; the package's head requires it."""
 
 
 class ImageReward:
     """A number without limits, higher is better.
 
-    Scores are independent of the batch to the last bit where no gradient is asked for: the network then always sees M images.
-    With a gradient, neighbours count by float32 rounding. The network moves to the images' device.
+    Without a gradient, a score is bit-equal in every batch: the network always gets M images. With a gradient, it depends on
+    the batch by float32 rounding. The network moves to the images' device.
     """
 
-    differentiable = True
-    bounds = (-math.inf, math.inf)
-    licence = "Apache-2.0"
-    packages = compat.IMAGE_REWARD
+    facts = Facts(differentiable=True, bounds=(-math.inf, math.inf), licence="Apache-2.0", packages=compat.IMAGE_REWARD)
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
         weights: str = Field(
-            "THUDM/ImageReward", description="A local ImageReward.pt (or .safetensors), the folder of it, or a hub id."
+            "THUDM/ImageReward", description="A local ImageReward.pt (or .safetensors), its folder, or a hub id."
         )
         med_config: str = Field(
             "",
-            description="The text encoder's med_config.json: a local file, folder or hub id; beside the weights if empty.",
+            description="The text encoder's med_config.json: a local file, folder or hub id; empty: where the weights are.",
         )
         tokenizer: str = Field("google-bert/bert-base-uncased", description="A local BERT tokenizer folder or a hub id.")
         micro_batch: int = Field(8, ge=1, description="M, images in one forward pass of the network.")
@@ -82,9 +79,9 @@ class ImageReward:
         dtype: Dtype = "float32",
         label: str = "image_reward",
     ) -> None:
-        """Raises ValueError unless the package is there, and checkpoint, configuration and tokenizer fit each other."""
+        """Raises ValueError unless the package is installed, and checkpoint, configuration and tokenizer fit each other."""
         self.check(weights, med_config, tokenizer, micro_batch)
-        self.label = label
+        self.about = self.facts.about(label)
         self.micro_batch = micro_batch
         self.model, self.tokenizer, self.size = _load(
             local_file("weights", weights, WEIGHTS_FILE),
@@ -93,18 +90,16 @@ class ImageReward:
         )
         self.dtype = getattr(torch, dtype)
         in_dtype(self.model.blip, self.dtype)
-        self.mean = torch.tensor(MEAN)[:, None, None]
-        self.std = torch.tensor(STD)[:, None, None]
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B."""
         self.model.to(images.device)
         self.model.device = images.device
-        scores = self.scores if torch.is_grad_enabled() and images.requires_grad else self._scores_of_filled
+        scores = self.scores if torch.is_grad_enabled() and images.requires_grad else self._scores_padded
         texts = [prompt.text for prompt in prompts]
         starts = range(0, len(images), self.micro_batch)
         total = torch.cat([scores(images[i : i + self.micro_batch], texts[i : i + self.micro_batch]) for i in starts])
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
     def scores(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1], B captions -> [B]"""
@@ -113,25 +108,24 @@ class ImageReward:
         pixels = self.preprocess(images).to(self.dtype)
         return self.model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)[:, 0]
 
-    def _scores_of_filled(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """The same of at most M images, in a batch that the last one fills up to M."""
+    def _scores_padded(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """The same for at most M images, in a batch of M that is padded with the last one."""
         rows = [min(i, len(images) - 1) for i in range(self.micro_batch)]
         return self.scores(images[rows], [texts[row] for row in rows])[: len(images)]
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> [B, 3, 224, 224], about normal."""
-        images = middle_square(images, self.size).clamp(0, 1)
-        return (images - self.mean.to(images.device)) / self.std.to(images.device)
+        """images [B, 3, H, W] in [0, 1] -> [B, 3, 224, 224], roughly standard normal."""
+        return normalized(center_square(images, self.size).clamp(0, 1))
 
 
 def _beside(weights: str) -> str:
-    """Where the configuration is that belongs to the weights: the file's folder, or the same folder or hub id."""
+    """The place of the configuration that belongs to the weights: the file's folder, or the same folder or hub id."""
     path = Path(weights).expanduser()
     return str(path.parent) if path.is_file() else weights
 
 
 def _load(weights: Path, med_config: Path, tokenizer_files: Path) -> tuple[Any, Any, int]:
-    """The frozen network in float32, its tokenizer, and a side of its pictures in pixels.
+    """The frozen network in float32, its tokenizer, and the side of its images in pixels.
 
     The image tower has the sizes of the checkpoint: 24 layers 1024 wide, 16 heads, 224 pixels in the real one.
     """
@@ -147,7 +141,7 @@ def _load(weights: Path, med_config: Path, tokenizer_files: Path) -> tuple[Any, 
     places = _tensor(weights, tensors, "blip.visual_encoder.pos_embed", 3)
     words = _tensor(weights, tensors, "blip.text_encoder.embeddings.word_embeddings.weight", 2)
     if len(tokenizer) != len(words):
-        raise ValueError(f"tokenizer {str(tokenizer_files)!r}: knows {len(tokenizer)} tokens, the checkpoint {len(words)}")
+        raise ValueError(f"tokenizer {str(tokenizer_files)!r}: has {len(tokenizer)} tokens; the checkpoint needs {len(words)}")
     width, _, _, patch = patches.shape
     size = patch * round((places.shape[1] - 1) ** 0.5)
     layers = sum(key.startswith("blip.visual_encoder.blocks.") and key.endswith(".norm1.weight") for key in tensors)
@@ -162,9 +156,9 @@ def _load(weights: Path, med_config: Path, tokenizer_files: Path) -> tuple[Any, 
 
 
 def _tensor(weights: Path, tensors: Mapping[str, Tensor], key: str, axes: int) -> Tensor:
-    """One that the sizes are read off."""
+    """A tensor that defines sizes."""
     if key not in tensors or tensors[key].ndim != axes:
-        raise ValueError(f"weights {str(weights)!r}: no {key} of {axes} axes there, so it is no checkpoint of ImageReward")
+        raise ValueError(f"weights {str(weights)!r}: not a checkpoint of ImageReward (no {key} of {axes} axes)")
     return tensors[key]
 
 
@@ -172,7 +166,7 @@ def _check_med_config(path: Path) -> None:
     try:
         config = json.loads(path.read_text())
     except ValueError:
-        raise ValueError(f"med_config {str(path)!r}: is no JSON") from None
+        raise ValueError(f"med_config {str(path)!r}: not JSON") from None
     for key, needed in {"hidden_size": WIDTH, "add_cross_attention": True}.items():
         if not isinstance(config, dict) or config.get(key) != needed:
             found = config.get(key) if isinstance(config, dict) else None
@@ -180,7 +174,7 @@ def _check_med_config(path: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """BERT's, with BLIP's two tokens at its end."""
+    """BERT's, with BLIP's two tokens appended."""
     from transformers import BertTokenizer
 
     tokenizer: Any = BertTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,22 +1,22 @@
-"""Can the text that the caption asks for be read in the picture? The OCR reward of flow_grpo, read by RapidOCR.
+"""How much of the text that the caption asks for can be read in the image: the OCR reward of flow_grpo, read by RapidOCR.
 
-    score = 1 - min(d, n) / n       n = characters asked for
-                                    d = 0 where what is read contains them, or else the edit distance between the two
+    score = 1 - min(d, n) / n       n = characters of the requested text
+                                    d = 0 where the text read contains it, or else the edit distance between the two
 
-Both sides in lower case and without white space. Text around the right one costs nothing, which a policy may learn to use.
+Both sides in lower case and without white space. Text around the requested one costs nothing, which a policy may exploit.
 
-What is asked for stands in the caption between quotation marks: "..." or “...”, and where there are none of these, '...' or
-‘...’, where an apostrophe inside a word is no mark. Several texts are joined in their order, as is what is read, line by line
-and from left to right. A prompt's column `ocr_text` goes before its quotation marks.
+The requested text is in the caption between quotation marks: "..." or “...”, and if there are none of these, '...' or ‘...’,
+where an apostrophe inside a word is not a quotation mark. Several texts are joined in their order, as is the text read, line by
+line and from left to right. A prompt's column `ocr_text` has precedence over its quotation marks.
 
-The networks are PP-OCRv6's small ones in ONNX, which lie in the package rapidocr 3.10; nothing is downloaded.
+The networks are PP-OCRv6's small ones in ONNX, which are part of the package rapidocr 3.10; nothing is downloaded.
 
-The source is flow_grpo/ocr.py, read in a fork of github.com/yifan123/flow_grpo. What differs from it:
+The source is flow_grpo/ocr.py, read in a fork of github.com/yifan123/flow_grpo. Deviations:
 
-* The reader is PaddleOCR there, made for English. Lines that stand on their heads are turned by neither.
-* It knows "..." only, takes the first one, and removes no white space but spaces.
-* Characters are the same here if Unicode's NFKC says so: full-width ones, accents apart from their letters.
-* Whatever fails ends the run; there it is a score of 0.
+* The reader there is PaddleOCR, made for English. Neither rotates lines that are upside down.
+* It supports "..." only, takes the first one, and removes no white space but spaces.
+* Characters are compared after Unicode's NFKC: full-width ones, accents separate from their letters.
+* Every failure ends the run; there it is a score of 0.
 
 Axis: B images.
 """
@@ -40,76 +40,75 @@ from torch import Tensor
 from diffusion.types import Prompt, Scores
 from rewards.mixture import RewardError
 from rewards.parts import compat
+from rewards.parts.facts import Facts
 
 COLUMN = "ocr_text"
-"""The column of a prompt set that says what is asked for."""
+"""The column of a prompt set with the requested text."""
 DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
-"""In rapidocr's folder `models`: what finds lines of text, and what reads them."""
+"""In rapidocr's folder `models`: the network that finds lines of text, and the one that reads them."""
 DOUBLE = re.compile(r'"([^"]+)"|“([^”]+)”')
 SINGLE = re.compile(r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))+)'(?!\w)|(?<!\w)‘((?:[^’]|(?<=\w)’(?=\w))+)’(?!\w)")
 
 
 class OCR:
-    """How much of the text asked for can be read in the picture, in [0, 1]. Not differentiable: it reads.
+    """How much of the requested text can be read in the image, in [0, 1]. Not differentiable: text is recognised.
 
-    Pictures are read one by one, on the CPU, with 8 bits a channel: scores do not depend on the batch. The networks are
-    loaded once in a process and use as many threads as torch.
+    Images are read one by one, on the CPU, with 8 bits a channel: scores do not depend on the batch. The networks are loaded
+    once in a process and use as many threads as torch.
     """
 
-    differentiable = False
-    bounds = (0.0, 1.0)
-    licence = "Apache-2.0"
-    packages = ("rapidocr", "onnxruntime")
-    """What it needs beside the core, by module name; `make rewards` installs it."""
+    facts = Facts(differentiable=False, licence="Apache-2.0", packages=("rapidocr", "onnxruntime"))
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
         weights: str = Field(
-            "", description="A PP-OCR recogniser for other scripts, a local .onnx file; if empty, the one in the package."
+            "", description="A PP-OCR recogniser for other scripts, a local .onnx file; empty: the one in the package."
         )
-        min_confidence: float = Field(0.0, ge=0, le=1, description="Lines that are read with less are left out; flow_grpo: 0.")
+        min_confidence: float = Field(0.0, ge=0, le=1, description="Lines that are read with less are ignored; flow_grpo: 0.")
         shortest_side: int = Field(
-            736, ge=32, description="Pixels that a smaller picture is enlarged to, to find its text. Time goes with the square."
+            736,
+            ge=32,
+            description="Pixels that smaller images are enlarged to. Time grows with its square.",
         )
 
     @staticmethod
     def check(weights: str, min_confidence: float, shortest_side: int) -> None:
-        compat.check_installed("ocr", OCR.packages)
+        compat.check_installed("ocr", OCR.facts.packages)
         _models(weights)
 
     @staticmethod
     def check_prompt(prompt: Prompt) -> None:
-        if not asked_for(prompt):
-            raise ValueError(f"asks for no text; allowed are words in quotation marks, or a column {COLUMN}")
+        if not requested_text(prompt):
+            raise ValueError(f"requests no text; allowed: words in quotation marks, or a column {COLUMN}")
 
     def __init__(self, weights: str = "", min_confidence: float = 0.0, shortest_side: int = 736, label: str = "ocr") -> None:
-        """Raises ValueError unless the packages and their networks are there, and `weights` is such a recogniser."""
-        self.label = label
+        """Raises ValueError unless the packages and their networks are installed, and `weights` is such a recogniser."""
+        self.about = self.facts.about(label)
         self.read = reader(weights, min_confidence, shortest_side)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for a prompt that asks for no text."""
+        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for a prompt that requests no text."""
         for prompt in prompts:
             try:
                 self.check_prompt(prompt)
             except ValueError as error:
-                raise RewardError(f"reward {self.label}, prompt {prompt.text!r}: {error}") from None
-        asked = [asked_for(prompt) for prompt in prompts]
-        pictures = (images.detach() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        values = [closeness(plain(self.read(picture)), text) for picture, text in zip(pictures, asked, strict=True)]
+                raise RewardError(f"reward {self.about.label}, prompt {prompt.text!r}: {error}") from None
+        wanted = [requested_text(prompt) for prompt in prompts]
+        arrays = (images.detach() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        values = [closeness(plain(self.read(array)), text) for array, text in zip(arrays, wanted, strict=True)]
         total = torch.tensor(values, dtype=torch.float32, device=images.device)
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
 
-def asked_for(prompt: Prompt) -> str:
-    """The text that the picture is to show, `plain`; empty if there is none."""
+def requested_text(prompt: Prompt) -> str:
+    """The text that the image should show, `plain`; empty if there is none."""
     given = prompt.meta.get(COLUMN)
     return plain("".join(quoted(prompt.text)) if given is None else str(given))
 
 
 def quoted(caption: str) -> list[str]:
-    """What stands between double quotation marks, or else between single ones."""
+    """The texts between double quotation marks, or else between single ones."""
     for marks in (DOUBLE, SINGLE):
         if found := ["".join(groups) for groups in marks.findall(caption)]:
             return found
@@ -117,20 +116,20 @@ def quoted(caption: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """The text as it is compared: NFKC, lower case, no white space."""
+    """The text in the form that is compared: NFKC, lower case, no white space."""
     return "".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
-def closeness(read: str, asked: str) -> float:
-    """1 where what is read contains what is asked for, less by each wrong character, in [0, 1].
+def closeness(read: str, wanted: str) -> float:
+    """1 where the text read contains the requested one, less by each wrong character, in [0, 1].
 
-    Both `plain`; what is asked for is not empty.
+    Both `plain`; `wanted` is not empty.
     """
-    return 1.0 if asked in read else max(0.0, 1 - edit_distance(read, asked) / len(asked))
+    return 1.0 if wanted in read else max(0.0, 1 - edit_distance(read, wanted) / len(wanted))
 
 
 def edit_distance(a: str, b: str) -> int:
-    """The fewest characters to insert, delete or replace that make one of the other (Levenshtein)."""
+    """The smallest number of insertions, deletions and replacements that turn one into the other (Levenshtein)."""
     row = list(range(len(b) + 1))  # from the first i characters of a to the first j of b
     for i, x in enumerate(a, 1):
         above, row = row, [i]
@@ -140,12 +139,12 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def reader(weights: str = "", min_confidence: float = 0.0, shortest_side: int = 736) -> Callable[[np.ndarray], str]:
-    """picture [H, W, 3] uint8 RGB -> the text in it. Raises ValueError as the constructor does."""
+    """A function: image [H, W, 3] uint8 RGB -> the text in it. Raises ValueError as the constructor does."""
     OCR.check(weights, min_confidence, shortest_side)
     engine = _engine(weights, shortest_side, min(torch.get_num_threads(), os.cpu_count() or 1))
 
-    def read(picture: np.ndarray) -> str:
-        found = engine(np.ascontiguousarray(picture[:, :, ::-1]), use_cls=False)  # it takes BGR
+    def read(image: np.ndarray) -> str:
+        found = engine(np.ascontiguousarray(image[:, :, ::-1]), use_cls=False)  # it takes BGR
         lines = zip(found.txts or (), found.scores or (), strict=True)
         return "".join(text for text, confidence in lines if confidence >= min_confidence)
 
@@ -154,19 +153,19 @@ def reader(weights: str = "", min_confidence: float = 0.0, shortest_side: int = 
 
 @cache
 def _engine(weights: str, shortest_side: int, threads: int) -> Any:
-    """threads: no more than there are cores, or RapidOCR takes all of them."""
+    """threads: at most the number of cores, otherwise RapidOCR takes all of them."""
     import cv2
     from rapidocr import RapidOCR
 
     detector, recogniser = _models(weights)
     if weights:
         _check_characters(recogniser)
-    cv2.setNumThreads(threads)  # its own default, too, is all cores
+    cv2.setNumThreads(threads)  # its default is all cores, too
     return RapidOCR(
         params={
-            "Global.log_level": "error",  # it warns of every picture without text
+            "Global.log_level": "error",  # it warns about every image without text
             "Global.text_score": 0.0,
-            # As files: those it chooses itself it downloads again when they are not the ones it expects.
+            # As files: it downloads the ones it chooses itself again if they are not those it expects.
             "Det.model_path": str(detector),
             "Rec.model_path": str(recogniser),
             "Det.limit_side_len": shortest_side,
@@ -177,24 +176,22 @@ def _engine(weights: str, shortest_side: int, threads: int) -> Any:
 
 
 def _models(weights: str) -> tuple[Path, Path]:
-    """The files of detector and recogniser. Imports nothing."""
+    """The files of detector and recogniser. Imports neither package."""
     spec = find_spec("rapidocr")
-    assert spec is not None, "checked before"
+    assert spec is not None, "checked before this is called"
     assert spec.submodule_search_locations is not None
     folder = Path(spec.submodule_search_locations[0], "models")
     recogniser = Path(weights).expanduser() if weights else folder / RECOGNISER
     if weights and not recogniser.is_file():
-        raise ValueError(
-            f"weights {weights!r}: there is no such file; allowed: a local .onnx file, or '' for the package's own"
-        )
+        raise ValueError(f"weights {weights!r}: no such file; allowed: a local .onnx file, or '' for the package's own")
     for path in (folder / DETECTOR, recogniser):
         if not path.is_file():
-            raise ValueError(f"ocr needs {path.name}, which rapidocr 3.10 has and the one installed here lacks")
+            raise ValueError(f"ocr needs {path.name}, which is missing in the installed rapidocr; rapidocr 3.10 has it")
     return folder / DETECTOR, recogniser
 
 
 def _check_characters(recogniser: Path) -> None:
-    """Raises ValueError for a recogniser without its characters: RapidOCR would download some."""
+    """Raises ValueError for a recogniser without its list of characters: RapidOCR would download one."""
     from onnxruntime import InferenceSession, SessionOptions
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
@@ -203,6 +200,6 @@ def _check_characters(recogniser: Path) -> None:
     try:
         session = InferenceSession(recogniser, options, providers=["CPUExecutionProvider"])
     except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf):
-        raise ValueError(f"weights {str(recogniser)!r}: is no network in ONNX") from None
+        raise ValueError(f"weights {str(recogniser)!r}: not a network in ONNX") from None
     if "character" not in session.get_modelmeta().custom_metadata_map:
-        raise ValueError(f"weights {str(recogniser)!r}: has no list of its characters ('character' in the file's metadata)")
+        raise ValueError(f"weights {str(recogniser)!r}: no list of characters ('character' in the file's metadata)")

@@ -3,10 +3,10 @@
     def f(images, prompts, **meta):      # images [B, 3, H, W] float32 in [0, 1], prompts B strings
         return scores                    # B numbers: a tensor, an array or a list
 
-Each column that any of the prompts has beside text and id comes as a keyword, a list of B values, None where a prompt lacks it;
-but for columns called images or prompts, as the function's own arguments are. With `trl: true` it is called as TRL's trainers
-call their reward functions, with pictures for completions; see rewards/trl.py. Whatever it raises is a RewardError.
-The function is code named in an experiment, so `odeon` calls it only with --allow-code.
+Each column that any of the prompts has besides text and id is passed as a keyword, a list of B values, None where a prompt has
+none; columns named images or prompts are not passed, as the function's own arguments have these names. With `trl: true` the
+function is called as TRL's trainers call their reward functions, with images as completions; see rewards/trl.py. Everything it
+raises becomes a RewardError. The function is code named in an experiment, so `odeon` calls it only with --allow-code.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from diffusion.types import Prompt, Scores
+from diffusion.types import About, Prompt, Scores
 from rewards.mixture import RewardError
-from rewards.registry import CODE
-from rewards.trl import blamed, from_trl_reward, numbers
+from rewards.parts.facts import Facts
+from rewards.trl import errors_of, from_trl_reward, numbers
 
 
 class UserFunction:
-    """Whatever the function says of pictures and captions."""
+    """The function's scores of images and captions."""
 
-    bounds = (-float("inf"), float("inf"))
+    facts = Facts(differentiable=False, bounds=(-float("inf"), float("inf")), licence="yours")
+    """Where its knob `differentiable` is true, so is the reward."""
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        differentiable: bool = Field(False, description="whether the function's scores have a gradient towards the images")
+        differentiable: bool = Field(False, description="Whether a gradient reaches the images from the function's scores.")
 
-        trl: bool = Field(False, description="whether it is a reward function as TRL's GRPOTrainer takes them")
+        trl: bool = Field(False, description="Whether it is a reward function as TRL's GRPOTrainer calls them.")
 
         @field_validator("trl")
         @classmethod
         def _no_gradient_through_trl(cls, value: bool, info: ValidationInfo) -> bool:
             if value and info.data.get("differentiable"):
-                raise ValueError("it then sees pictures of 8 bits, which have no gradient; allowed: False where differentiable")
+                raise ValueError("the function gets 8-bit images, which have no gradient; allowed with differentiable: False")
             return value
 
     @staticmethod
@@ -52,35 +53,39 @@ class UserFunction:
         find(function)
 
     def __init__(self, function: str, label: str, differentiable: bool = False, trl: bool = False) -> None:
-        """function: as in an experiment, `python:` included. Raises ValueError if it is not there."""
-        self.function, self.called = find(function), function
-        self.label = label
-        self.differentiable = differentiable
-        self.abstains = trl
+        """function: as in an experiment, `python:` included. Raises ValueError if it does not exist."""
+        self.function, self.function_name = find(function), function
+        self.about = About(label, differentiable, self.facts.bounds, may_abstain=trl)
         self.trl = from_trl_reward(self.function, label, function) if trl else None
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for whatever the function raises."""
         if self.trl is not None:
             return self.trl(images, prompts)
+        label = self.about.label
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.meta)
         meta = {key: [prompt.meta.get(key) for prompt in prompts] for key in columns if key not in ("images", "prompts")}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable), blamed(self.label, self.called):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.about.differentiable),
+            errors_of(label, self.function_name),
+        ):
             given = self.function(images, [prompt.text for prompt in prompts], **meta)
-        total = numbers(given, self.label, self.called, images)
-        if self.differentiable and images.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
-            raise RewardError(f"{self.label}: {self.called} is said to be differentiable, and its numbers have no gradient")
-        return Scores(total, {self.label: total})
+        total = numbers(given, label, self.function_name, images)
+        if self.about.differentiable and images.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
+            raise RewardError(
+                f"reward {label}: {self.function_name} is declared differentiable, but its scores have no gradient"
+            )
+        return Scores(total, {label: total})
 
 
 def find(function: str) -> Callable[..., Any]:
-    """The function that `python:FILE.py:FUNCTION` or `python:MODULE.FUNCTION` names; runs the file. Raises ValueError."""
-    where, _, name = function.removeprefix(CODE).rpartition(":" if ".py:" in function else ".")
+    """The function that `python:FILE.py:FUNCTION` or `python:MODULE.FUNCTION` names; runs its file. Raises ValueError."""
+    where, _, name = function.partition(":")[2].rpartition(":" if ".py:" in function else ".")
     if not where or not name:
-        raise ValueError(f"reward {function!r}: allowed are {CODE}FILE.py:FUNCTION and {CODE}MODULE.FUNCTION")
+        raise ValueError(f"reward {function!r}: allowed are python:FILE.py:FUNCTION and python:MODULE.FUNCTION")
     if where.endswith(".py"):
         if not Path(where).is_file():
-            raise ValueError(f"reward {function!r}: there is no file {where}")
+            raise ValueError(f"reward {function!r}: no such file: {where}")
         spec = importlib.util.spec_from_file_location(f"user_function_{Path(where).stem}", where)
         assert spec is not None
         assert spec.loader is not None

@@ -1,16 +1,16 @@
-"""What a vision-language model says of the picture: any server that answers OpenAI's chat completions, such as vLLM.
+"""The rating of an image by a vision-language model, behind any server of OpenAI's chat completions, such as vLLM.
 
-One request for each picture: the caption in a template, the picture as a PNG inside the request. The answer must hold exactly
-one number in the form asked for, from `low` to `high`; anything else stops the run and shows the prompt and the answer, because
-a guess would be trained on. The score is
+One request for each image: the caption in a template, the image as a PNG inside the request. The answer must contain exactly
+one number in the required form, from `low` to `high`; anything else stops the run and shows the prompt and the answer, because
+the run would be trained on a guess. The score is
 
     (number - low) / (high - low)
 
-Requests may cost money, so at most `max_requests` leave this process, repeated ones counted. With Ray each worker is a process
-of its own, and a run that is continued counts from nothing.
+Requests may cost money, so this process sends at most `max_requests`, repeated ones included. With Ray each worker is a process
+of its own, and a resumed run counts from zero.
 
-The key comes from an environment variable whose name alone is in the experiment. It is read when a request is sent and kept
-nowhere; redirections are not followed, since they could carry it elsewhere.
+The key comes from an environment variable; only its name is in the experiment. It is read when a request is sent and not
+stored; redirections are not followed, since they could send it to another host.
 
 The wording of the question is ours. The request's form is OpenAI's, platform.openai.com/docs/api-reference/chat.
 
@@ -41,6 +41,7 @@ from torch import Tensor
 
 from diffusion.types import Prompt, Scores
 from rewards.mixture import RewardError
+from rewards.parts.facts import Facts
 
 TEMPLATE = """This picture was made for the description: {prompt}
 
@@ -50,40 +51,40 @@ Score: NUMBER"""
 PATTERN = r"(?im)^[\s*]*score[\s*]*:[\s*]*(-?\d+(?:\.\d+)?)[\s*.]*$"
 OPTIONS = {"temperature": 0, "max_tokens": 64}
 LONGEST_WAIT = 60.0
-"""Seconds before a request is repeated, whatever the server or the doubling asks for."""
+"""The longest pause before a request is repeated, in seconds, even if the server or the doubling requires more."""
 SHOWN = 300
-"""Characters of a server's words in an error."""
+"""Characters of a server's response in an error."""
 
 
 class VLMJudge:
-    """A vision-language model's number for picture and caption, brought from low..high to [0, 1]. Not differentiable.
+    """A vision-language model's number for image and caption, mapped from low..high to [0, 1]. Not differentiable.
 
-    Results are in the order of the images, however many requests are under way. Whether the same picture gets the same score
-    again is up to the server; temperature 0 helps.
+    Results are in the order of the images, independent of the concurrency. Whether the same image gets the same score again
+    depends on the server; temperature 0 helps.
     """
 
-    differentiable = False
-    bounds = (0.0, 1.0)
-    licence = "the model's"
+    facts = Facts(differentiable=False, licence="the model's")
 
     class Config(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        url: str = Field(description="Of the server, up to /chat/completions: http://localhost:8000/v1. Holds no credentials.")
-        model: str = Field(description="What the server calls the model.")
+        url: str = Field(description="Of the server, up to /chat/completions: http://localhost:8000/v1. Without credentials.")
+        model: str = Field(description="The model's name on the server.")
         max_requests: int = Field(ge=1, description="How many requests this process may send before the run stops.")
-        template: str = Field(TEMPLATE, description="What is asked; {prompt}, {low} and {high} are filled in.")
-        pattern: str = Field(PATTERN, description="A regular expression that finds the number, in its one group, exactly once.")
+        template: str = Field(TEMPLATE, description="The question; {prompt}, {low} and {high} are filled in.")
+        pattern: str = Field(
+            PATTERN, description="A regular expression that must match exactly once; its one group is the number."
+        )
         low: float = Field(0.0, allow_inf_nan=False, description="The lowest number allowed; its score is 0.")
         high: float = Field(10.0, allow_inf_nan=False, description="The highest number allowed; its score is 1.")
-        options: dict[str, Any] = Field(OPTIONS, description="More keys of the request, as the server wants them.")
+        options: dict[str, Any] = Field(OPTIONS, description="Further keys of the request, as the server defines them.")
         api_key_env: str | None = Field(None, description="NAME of the environment variable with the key, not the key itself.")
-        concurrency: int = Field(8, ge=1, description="Requests under way at once.")
-        retries: int = Field(4, ge=0, description="How often a request is repeated after 429, 5xx, or no answer in time.")
+        concurrency: int = Field(8, ge=1, description="Concurrent requests.")
+        retries: int = Field(4, ge=0, description="How often a request is repeated after 429, 5xx, or a timeout.")
         backoff: float = Field(
-            1.0, ge=0, allow_inf_nan=False, description="Seconds before the first repetition; each time twice as many."
+            1.0, ge=0, allow_inf_nan=False, description="Seconds before the first repetition; doubled each time."
         )
-        timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="Seconds without a sign of the server.")
+        timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="Seconds without data from the server.")
 
     @staticmethod
     def check(
@@ -96,20 +97,20 @@ class VLMJudge:
         api_key_env: str | None,
         **_: Any,
     ) -> None:
-        """Asks the server nothing. Values that may hold a secret by mistake are not repeated."""
+        """Sends no request. Values that may hold a secret by mistake are not shown in errors."""
         _check_url(url)
         if "{prompt}" not in template:
-            raise ValueError(f"template {template[:SHOWN]!r}: has no {{prompt}}, so that the caption would not be asked about")
+            raise ValueError(f"template {template[:SHOWN]!r}: has no {{prompt}}, so the question would not contain the caption")
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"pattern {pattern!r}: is no regular expression: {error}") from None
+            raise ValueError(f"pattern {pattern!r}: not a regular expression: {error}") from None
         if groups != 1:
             raise ValueError(f"pattern {pattern!r}: has {groups} groups; exactly one, around the number, is needed")
         if not low < high:
             raise ValueError(f"low {low:g}: must be below high {high:g}")
         if taken := sorted({"model", "messages", "stream"} & set(options)):
-            raise ValueError(f"options: {taken[0]} may not be set there")
+            raise ValueError(f"options: {taken[0]} may not be set here")
         if api_key_env is not None:
             if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
                 raise ValueError("api_key_env: must be the NAME of an environment variable, in capitals, never the key itself")
@@ -134,7 +135,7 @@ class VLMJudge:
     ) -> None:
         """The knobs of Config. Raises ValueError as `check` does."""
         self.check(url, template, pattern, low, high, options, api_key_env)
-        self.label = label
+        self.about = self.facts.about(label)
         self.url = url.rstrip("/") + "/chat/completions"
         self.model = model
         self.template, self.pattern = template, re.compile(pattern)
@@ -148,12 +149,12 @@ class VLMJudge:
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError where a request or an answer fails."""
-        pictures = [data_url(image) for image in images.detach().cpu()]
+        urls = [data_url(image) for image in images.detach().cpu()]
         stop, failed = threading.Event(), list[Exception]()
 
-        def judge(picture: str, prompt: Prompt) -> float:
+        def judge(url: str, prompt: Prompt) -> float:
             try:
-                return math.nan if stop.is_set() else self._score(picture, prompt, stop)
+                return math.nan if stop.is_set() else self._score(url, prompt, stop)
             except Exception as error:
                 failed.append(error)
                 stop.set()
@@ -161,19 +162,19 @@ class VLMJudge:
 
         with ThreadPoolExecutor(self.concurrency) as threads:
             try:
-                scores = list(threads.map(judge, pictures, prompts))
-            finally:  # after an interruption, too, nothing more is asked
+                scores = list(threads.map(judge, urls, prompts))
+            finally:  # also after an interruption: no further requests
                 stop.set()
-        if failed:  # the first; the others may only have been stopped by it
+        if failed:  # the first error; the others may be its consequence
             raise failed[0]
         total = torch.tensor(scores, dtype=torch.float32, device=images.device)
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
-    def _score(self, picture: str, prompt: Prompt, stop: threading.Event) -> float:
-        """One picture's score, in [0, 1]."""
+    def _score(self, url: str, prompt: Prompt, stop: threading.Event) -> float:
+        """One image's score, in [0, 1]."""
         given = {"prompt": prompt.text, "low": f"{self.low:g}", "high": f"{self.high:g}"}
         text = re.sub(r"\{(prompt|low|high)\}", lambda found: given[found[1]], self.template)
-        content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": picture}}]
+        content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]
         body = self.options | {"model": self.model, "messages": [{"role": "user", "content": content}]}
         reply = self._send(json.dumps(body).encode(), prompt, stop)
         try:
@@ -189,7 +190,7 @@ class VLMJudge:
         return (number - self.low) / (self.high - self.low)
 
     def _send(self, body: bytes, prompt: Prompt, stop: threading.Event) -> bytes:
-        """What the server replies in the end."""
+        """The body of the server's final reply."""
         headers = {"Content-Type": "application/json", "User-Agent": "odeon"}
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {_key(self.api_key_env)}"
@@ -202,11 +203,11 @@ class VLMJudge:
                     return response.read()
             except urllib.error.HTTPError as error:
                 with error:
-                    problem = f"{self.url} says {error.code}: {self._quoted(_words(error))}"
+                    problem = f"{self.url} answered {error.code}: {self._quoted(_message(error))}"
                 if error.code != 429 and error.code < 500:
                     raise self._error(prompt, problem) from None
-                asked_for = error.headers.get("Retry-After", "")
-                pause = max(pause, float(asked_for) if asked_for.isdecimal() else 0.0)
+                retry_after = error.headers.get("Retry-After", "")
+                pause = max(pause, float(retry_after) if retry_after.isdecimal() else 0.0)
             except (OSError, http.client.HTTPException) as error:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
                 problem = f"{self.url} does not answer: {str(reason) or type(reason).__name__}"
@@ -221,17 +222,17 @@ class VLMJudge:
             self.sent += 1
 
     def _error(self, prompt: Prompt, problem: str) -> RewardError:
-        return RewardError(f"reward {self.label}, prompt {prompt.text!r}: {problem}")
+        return RewardError(f"reward {self.about.label}, prompt {prompt.text!r}: {problem}")
 
-    def _quoted(self, words: str) -> str:
-        """The server's words on one line, not too long, without the key should they repeat it."""
+    def _quoted(self, response: str) -> str:
+        """A server's response on one line, truncated, with the key masked should it contain it."""
         if self.api_key_env is not None:
-            words = words.replace(_key(self.api_key_env), "***")
-        return repr(words if len(words) <= SHOWN else words[:SHOWN] + "...")
+            response = response.replace(_key(self.api_key_env), "***")
+        return repr(response if len(response) <= SHOWN else response[:SHOWN] + "...")
 
 
 def data_url(image: Tensor) -> str:
-    """image [3, H, W] float in [0, 1], on the CPU -> the same in 8 bits, as a PNG in a data URL."""
+    """image [3, H, W] float in [0, 1], on the CPU -> a data URL with its 8-bit PNG."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, format="PNG")
@@ -239,7 +240,7 @@ def data_url(image: Tensor) -> str:
 
 
 def read_number(answer: str, pattern: re.Pattern[str], low: float, high: float) -> float:
-    """The answer's one number. Raises ValueError, worded to follow the answer, unless there is exactly one, in low..high."""
+    """The answer's number. Raises ValueError, worded to follow the answer, unless there is exactly one, in low..high."""
     found = pattern.findall(answer)
     if len(found) != 1:
         raise ValueError(f"has {len(found)} matches of {pattern.pattern!r}; exactly one is needed")
@@ -247,7 +248,7 @@ def read_number(answer: str, pattern: re.Pattern[str], low: float, high: float) 
         number = float(found[0])
     except ValueError:
         raise ValueError(f"has {found[0]!r} where a number is needed") from None
-    if not low <= number <= high:  # NaN is not either
+    if not low <= number <= high:  # also for NaN
         raise ValueError(f"has the number {number:g}; allowed: {low:g} to {high:g}")
     return number
 
@@ -263,7 +264,7 @@ _OPENER = urllib.request.build_opener(_NoRedirection)
 def _check_url(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
-        _ = parts.port  # a wrong one is noticed here
+        _ = parts.port  # raises for an invalid one
     except ValueError as error:
         raise ValueError(f"url: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -271,7 +272,7 @@ def _check_url(url: str) -> None:
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(f"url of {parts.hostname}: must not hold a user, a password, ? or #; the key comes from api_key_env")
     if parts.path.rstrip("/").endswith("/chat/completions"):
-        raise ValueError(f"url {url!r}: leave /chat/completions out, it is added")
+        raise ValueError(f"url {url!r}: must not end in /chat/completions, which is added")
 
 
 def _key(variable: str) -> str:
@@ -279,17 +280,17 @@ def _key(variable: str) -> str:
     if not key:
         raise ValueError(f"api_key_env {variable!r}: the environment variable is not set")
     if not re.fullmatch(r"[!-~]+", key):
-        raise ValueError(f"api_key_env {variable!r}: the environment variable holds characters that no key has")
+        raise ValueError(f"api_key_env {variable!r}: the environment variable holds characters that a key cannot have")
     return key
 
 
-def _words(error: urllib.error.HTTPError) -> str:
-    """What the server says beside the status, without the JSON around it where it has OpenAI's form."""
+def _message(error: urllib.error.HTTPError) -> str:
+    """The body of an error response; its message alone where it has OpenAI's form."""
     try:
-        said = error.read().decode(errors="replace")
+        body = error.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return error.reason
     try:
-        return str(json.loads(said)["error"]["message"])
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        return said or error.reason
+        return body or error.reason

@@ -1,1 +1,1 @@
-"""Scorers in another process: the messages and the two ends (remote.py), and the same behind HTTP (http.py). Knows no Ray."""
+"""A reward in another process: messages and the two ends (remote.py), and the HTTP client (http.py). Knows no Ray."""

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion import Generator, Group, Plan
-from rewards import Elsewhere, build
+from rewards import Isolated, build
+from rewards.wrappers import image_features
 from rollouts.worker import micro_batch_rows
 from runtime.evaluation.statistics import IMAGES_PER_PROMPT, distances
 from runtime.experiment.config import SamplingSection, Task
@@ -81,7 +82,7 @@ class Evaluated:
 class Evaluator:
     """Draws held-out images and scores them with every reward, the trained mixture and those that are only logged."""
 
-    def __init__(self, task: Task, generator: Generator, sampling: SamplingSection, isolated: Elsewhere | None = None) -> None:
+    def __init__(self, task: Task, generator: Generator, sampling: SamplingSection, isolated: Isolated | None = None) -> None:
         """sampling: the task's own section, or another one to evaluate with another solver.
 
         isolated: runs scorers with an environment of their own; in child processes unless given.
@@ -117,6 +118,6 @@ class Evaluator:
         """[B, D]: of a CLIP among the rewards, otherwise the image at 8x8 pixels."""
         members = [*self.trained_reward.members, *(self.logged_reward.members if self.logged_reward else [])]
         for reward, _ in members:
-            if hasattr(reward, "image_features"):
-                return torch.cat([reward.image_features(part) for part in images.split(rows)])
+            if (features := image_features(reward)) is not None:
+                return torch.cat([features(part) for part in images.split(rows)])
         return F.adaptive_avg_pool2d(images, 8).flatten(1)

@@ -1,9 +1,9 @@
-"""Environments for scorers whose libraries cannot stand beside ours: built, checked, and used without Ray.
+"""Environments for scorers whose libraries conflict with ours: built, checked, and used without Ray.
 
-`odeon env build NAME` makes envs/NAME, a virtual environment with what envs/NAME.txt asks for. A reward's `env: envs/NAME` then
-runs its scorer with that interpreter, in another process: a Ray actor in a Ray run (runtime/executors/ray/executor.py), a
-child process that speaks HTTP on this machine's own address anywhere else. Odeon itself is not installed there; its rewards
-are read from here.
+`odeon env build NAME` makes envs/NAME, a virtual environment with the requirements of envs/NAME.txt. A reward with
+`env: envs/NAME` runs with that interpreter, in another process: a Ray actor in a Ray run (runtime/executors/ray/executor.py),
+in all other cases a child process with HTTP on the loopback address. Odeon itself is not installed there; its rewards are
+imported from this source folder.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from runtime.experiment.config import InputError
 
 ROOT = Path(rewards.__file__).parents[1]
 NEEDED = ("numpy", "pillow", "pydantic", "safetensors")
-"""What `rewards` imports beside torch, whatever the scorer."""
-ASK = "import json, sys; from importlib.metadata import version; print(json.dumps([sys.version_info[:2], version('ray')]))"
+"""What `rewards` imports besides torch, for every scorer."""
+VERSIONS = "import json, sys; from importlib.metadata import version; print(json.dumps([sys.version_info[:2], version('ray')]))"
 
 
 def build_environment(name: str, requirements: Path | None) -> Path:
-    """envs/NAME with this Python, this Ray and this torch, unless the requirements ask for another torch. Takes minutes.
+    """Make envs/NAME with this Python, this Ray and this torch, unless the requirements name another torch. Takes minutes.
 
-    requirements: a file of pip; envs/NAME.txt unless given. Raises InputError for what is there already, or missing, and
-    RuntimeError where pip fails; a folder that failed to become an environment is removed again.
+    requirements: a pip requirements file; envs/NAME.txt if None. Raises InputError if the environment exists or the file does
+    not, and RuntimeError if pip fails; the incomplete folder is then removed.
     """
     folder = Path("envs") / name
     file = requirements or folder.with_suffix(".txt")
     if not file.is_file():
-        raise InputError(f"{file}: there is no such file; write what pip is to install for {name} there, a line each")
+        raise InputError(f"{file}: no such file; it must list what pip installs for {name}, one requirement a line")
     if folder.exists():
-        raise InputError(f"{folder}: is there already; remove it to build it again")
+        raise InputError(f"{folder}: already exists; remove it to build it again")
     wanted = file.read_text()
     torch_first = (
         [] if any(_names_torch(line) for line in wanted.splitlines()) else [f"torch=={version('torch').split('+')[0]}"]
@@ -68,35 +68,35 @@ def _run(*command: str | Path) -> None:
 
 
 def python_of(env: str) -> Path:
-    # Not resolved: what makes it the environment's interpreter is where it stands, often as a link to another one.
+    # Not resolved: it is often a link, and only its own path makes it the environment's interpreter.
     return Path(env).expanduser().absolute() / "bin" / "python"
 
 
 def variables() -> dict[str, str]:
-    """What a process of another environment needs to find Odeon's rewards."""
+    """The environment variables with which a process of another environment finds Odeon's rewards."""
     if not (ROOT / "pyproject.toml").is_file():
-        raise InputError(f"env: needs Odeon installed from its source folder (pip install -e .), and runs from {ROOT}")
+        raise InputError(f"env: needs Odeon installed from its source folder (pip install -e .); it is installed in {ROOT}")
     return {"PYTHONPATH": str(ROOT)}
 
 
 def problem_with(env: str) -> str | None:
-    """Why its interpreter cannot work with this one, on the machine that asks; None if it can."""
+    """Why its interpreter cannot work with this one, on this machine; None if it can."""
     python = python_of(env)
     if not python.exists():
-        return f"there is no {python}; make it with `odeon env build {Path(env).name}`"
-    asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True)
-    if asked.returncode:
-        return f"{python} has no Ray: {asked.stderr.strip().splitlines()[-1]}"
-    (major, minor), ray = json.loads(asked.stdout)
+        return f"no such file: {python}; make it with `odeon env build {Path(env).name}`"
+    printed = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True)
+    if printed.returncode:
+        return f"{python} has no Ray: {printed.stderr.strip().splitlines()[-1]}"
+    (major, minor), ray = json.loads(printed.stdout)
     if (major, minor) != sys.version_info[:2]:
-        return f"has Python {major}.{minor}, where {sys.version_info[0]}.{sys.version_info[1]} runs; both must be the same"
+        return f"has Python {major}.{minor}, but this is {sys.version_info[0]}.{sys.version_info[1]}; both must be the same"
     if ray != version("ray"):
-        return f"has Ray {ray}, where {version('ray')} runs; both must be the same"
+        return f"has Ray {ray}, but this is {version('ray')}; both must be the same"
     return None
 
 
 def check_rewards(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Is there what the scorers will load, wherever they run? Loads no weights. Raises ValueError, in one line, if not."""
+    """Check that what the scorers will load exists, in each scorer's environment. Loads no weights. Raises ValueError."""
     check(entries)
     for entry in entries:
         if entry.get("env") is not None:
@@ -104,28 +104,28 @@ def check_rewards(entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def preflight(entry: Mapping[str, Any]) -> None:
-    """Would the scorer of this entry run in its environment? Loads no weights. Raises ValueError, in one line, if not."""
+    """Check that the scorer of this entry can run in its environment. Loads no weights. Raises ValueError."""
     if (problem := problem_with(entry["env"])) is not None:
         raise ValueError(f"env {entry['env']!r}: {problem}")
-    asked = subprocess.run([*command(entry), "--check"], env=os.environ | variables(), capture_output=True, text=True)
+    checked = subprocess.run([*command(entry), "--check"], env=os.environ | variables(), capture_output=True, text=True)
     try:
-        said = json.loads(asked.stdout)
+        report = json.loads(checked.stdout)
     except ValueError:
-        words = asked.stderr.strip().splitlines()[-1:] or [f"exit code {asked.returncode}"]
-        raise ValueError(f"env {entry['env']!r}: cannot run {entry['name']}: {words[0]}") from None
-    if "error" in said:
-        raise ValueError(f"env {entry['env']!r}: {said['error']}")
+        problem = (checked.stderr.strip().splitlines() or [f"exit code {checked.returncode}"])[-1]
+        raise ValueError(f"env {entry['env']!r}: cannot run {entry['name']}: {problem}") from None
+    if "error" in report:
+        raise ValueError(f"env {entry['env']!r}: {report['error']}")
 
 
 def command(entry: Mapping[str, Any], **options: Any) -> list[str]:
-    """The server of rewards/transport/http.py, run by the interpreter of the entry's environment, or by this one."""
+    """The command of `python -m rewards.serve` with the interpreter of the entry's environment, or with this one."""
     python = python_of(entry["env"]) if entry.get("env") else Path(sys.executable)
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return [str(python), "-m", "rewards.transport.http", json.dumps({**entry, "env": None}), *given]
+    return [str(python), "-m", "rewards.serve", json.dumps({**entry, "env": None}), *given]
 
 
 def started(entry: Mapping[str, Any], **options: Any) -> tuple[subprocess.Popen[str], int]:
-    """The entry's server as a child process, which ends with this one, and its port. Raises ValueError if none comes up."""
+    """The entry's server as a child process, which ends with this one, and its port. Raises ValueError if it does not start."""
     process = subprocess.Popen(
         [*command(entry, **options), "--child"],
         env=os.environ | variables(),
@@ -135,17 +135,17 @@ def started(entry: Mapping[str, Any], **options: Any) -> tuple[subprocess.Popen[
     )
     assert process.stdout is not None
     line = process.stdout.readline()
-    said: dict[str, Any] = json.loads(line) if line else {"error": f"its server ended with code {process.wait()}"}
-    if "error" in said:
-        raise ValueError(f"{entry['name']}: {said['error']}")
-    return process, said["port"]
+    report: dict[str, Any] = json.loads(line) if line else {"error": f"its server ended with code {process.wait()}"}
+    if "error" in report:
+        raise ValueError(f"{entry['name']}: {report['error']}")
+    return process, report["port"]
 
 
 class Child:
-    """An entry's scorer in a child process; an `Ask`."""
+    """An entry's scorer in a child process; a `Transport`."""
 
     def __init__(self, entry: Mapping[str, Any], device: str, threads: int) -> None:
-        """Raises ValueError where it does not come up."""
+        """Raises ValueError if it does not start."""
         self._process, port = started(entry, device=device, threads=threads)
         self._client = Client(f"http://127.0.0.1:{port}", entry["label"])
         self.about = self._client.about
@@ -155,14 +155,14 @@ class Child:
 
 
 def serve(entry: Mapping[str, Any], address: str, port: int, device: str) -> int:
-    """Run the entry's scorer behind HTTP until it is stopped; the exit code."""
+    """Run the entry's scorer behind HTTP until it is stopped; returns the exit code."""
     try:
         process, port = started(entry, address=address, port=port, device=device)
         about = Client(f"http://{address}:{port}", entry["label"]).about
     except ValueError as error:
         raise InputError(str(error)) from None
-    gradient = "with gradient" if about["differentiable"] else "without gradient"
-    print(f"{entry['label']} ({gradient}) at http://{address}:{port}; ctrl-C ends it", flush=True)
+    gradient = "with gradient" if about.differentiable else "without gradient"
+    print(f"{entry['label']} ({gradient}) at http://{address}:{port}; Ctrl-C stops it", flush=True)
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -170,6 +170,6 @@ def serve(entry: Mapping[str, Any], address: str, port: int, device: str) -> int
 
 
 def packages_hash(env: str) -> str:
-    """sha256 of the names and versions of all packages in it."""
+    """sha256 of the names and versions of all packages in the environment."""
     found = sorted(path.name for path in Path(env).expanduser().glob("lib/python*/site-packages/*.dist-info"))
     return hashlib.sha256("\n".join(found).encode()).hexdigest()

@@ -16,9 +16,8 @@ from generators import download, outline
 from generators.lora_file import read_lora
 from generators.outline import Outline
 from generators.targets import SHORT_NAMES, match
-from inputs import nearest
+from inputs import hub_revision, is_on_hub, nearest
 from rewards import CODE, REWARDS, check_prompts, differentiable, is_code, scorer
-from rewards.parts.weights import hub_revision, is_on_hub
 from rollouts.prompts import read_prompts
 from runtime.executors.isolation import check_rewards, packages_hash
 from runtime.experiment.algorithms import new_objective
@@ -84,7 +83,7 @@ def check_gradient(experiment: Experiment) -> None:
     if without := [entry["label"] for entry in section.train if entry["weight"] > 0 and not differentiable(entry)]:
         raise ValueError(
             f"rewards.train: {without[0]} has no gradient, which {algorithm} needs; with one: "
-            f"{', '.join(name for name in REWARDS if scorer(name).differentiable)}, or python: with differentiable: true"
+            f"{', '.join(name for name in REWARDS if scorer(name).facts.differentiable)}, or python: with differentiable: true"
         )
 
 

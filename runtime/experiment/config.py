@@ -15,7 +15,7 @@ from diffusion import SOLVERS, RunSettings
 from generators.families import FAMILIES
 from generators.load import DTYPES
 from inputs import one_of
-from rewards.registry import is_code, resolve
+from rewards import is_code, resolve
 from runtime.experiment.algorithms import ALGORITHMS
 
 

@@ -22,7 +22,7 @@ from diffusion import (
 )
 from generators import embedded, load
 from generators.lora_file import load_lora
-from rewards import Elsewhere, build
+from rewards import Isolated, build
 from rewards.mixture import Mixture
 from rewards.parts.compat import ensure_torchvision
 from rollouts.worker import Worker
@@ -143,11 +143,11 @@ def resolve_embedded(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: folder(value) for name, value in entry.items()} for entry in entries]
 
 
-def in_children(task: Task) -> Elsewhere:
+def in_children(task: Task) -> Isolated:
     """Runs each scorer with an environment of its own in a child process of this one."""
     return lambda entry: Child(entry, task.run.device, threads(task))
 
 
-def trained_reward(task: Task, isolated: Elsewhere | None = None) -> Mixture:
+def trained_reward(task: Task, isolated: Isolated | None = None) -> Mixture:
     """The mixture that is trained. isolated: runs scorers with an environment of their own; in child processes unless given."""
     return build(resolve_embedded(task.rewards.train), "rewards.train", isolated or in_children(task))

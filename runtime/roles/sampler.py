@@ -10,7 +10,7 @@ import torch
 
 from diffusion import Generator, Group, Plan, Rollout, Scores
 from generators.adapter_weights import AdapterWeights
-from rewards import Elsewhere
+from rewards import Isolated
 from rollouts.worker import micro_batch_rows
 from runtime.evaluation.evaluator import Evaluated, Evaluator
 from runtime.experiment.algorithms import new_objective
@@ -37,7 +37,7 @@ class Sampler:
     most: the rows of a network call, from which an executor works out which groups must stay together.
     """
 
-    def __init__(self, experiment: Experiment, generator: Generator | None = None, isolated: Elsewhere | None = None) -> None:
+    def __init__(self, experiment: Experiment, generator: Generator | None = None, isolated: Isolated | None = None) -> None:
         """generator: one with adapters to share, in a process that also learns; otherwise it loads its own.
 
         isolated: runs scorers with an environment of their own; in child processes unless given.

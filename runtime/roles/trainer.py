@@ -23,7 +23,7 @@ from diffusion import (
     sample_seed,
 )
 from generators.adapter_weights import AdapterWeights
-from rewards import Elsewhere
+from rewards import Isolated
 from rewards.mixture import RewardError
 from runtime.experiment.algorithms import new_objective
 from runtime.experiment.config import Experiment
@@ -74,7 +74,7 @@ class Trainer:
         experiment: Experiment,
         generator: Generator | None = None,
         reward: RewardModel | None = None,
-        isolated: Elsewhere | None = None,
+        isolated: Isolated | None = None,
     ) -> None:
         """generator, reward: to share, in a process that also samples; otherwise it loads its own.
 

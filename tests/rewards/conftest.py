@@ -25,7 +25,7 @@ ensure_torchvision()  # before transformers and diffusers, which fail at import 
 from transformers import CLIPImageProcessorPil, CLIPTokenizer  # noqa: E402
 
 from generators.glyphs import networks  # noqa: E402
-from rewards.scorers.hpsv2 import Sizes, shapes  # noqa: E402
+from rewards.parts.open_clip import Sizes, shapes  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

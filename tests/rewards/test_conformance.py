@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import rewards
-from diffusion.protocols import RewardModel
-from diffusion.types import Prompt
+from diffusion import Prompt, RewardModel
 from rewards.mixture import RewardError, score
 from rewards.parts.compat import missing
 from worlds.glyphs import parse, read_prompts, render
@@ -35,7 +34,7 @@ def build(clip_folder, hps_folder, image_reward_folder, head_file, chat_server):
     }
 
     def build(name, **label):
-        if absent := missing(getattr(rewards.scorer(name), "packages", ())):
+        if absent := missing(rewards.scorer(name).facts.packages):
             pytest.skip(f"{', '.join(absent)} not installed; make rewards")
         return rewards.scorer(name)(**knobs.get(name, {}), **label)
 
@@ -52,7 +51,7 @@ def reward(build, name):
     return build(name)
 
 
-@pytest.fixture(scope="module", params=[name for name in rewards.REWARDS if rewards.scorer(name).differentiable])
+@pytest.fixture(scope="module", params=[name for name in rewards.REWARDS if rewards.scorer(name).facts.differentiable])
 def with_gradient(build, request):
     return build(request.param)
 
@@ -65,26 +64,14 @@ def images():
     return pictures * 0.9 + 0.05
 
 
-def test_every_file_is_a_scorer_or_shared_by_them():
-    files = {path.stem for path in Path(rewards.__file__).parent.glob("*.py")}
-    assert files == set(rewards.REWARDS) | {
-        "__init__",
-        "registry",
-        "mixture",
-        "weights",
-        "checkpoints",
-        "compat",
-        "wrappers",
-        "elsewhere",
-        "over_http",
-        "trl",
-        "user_function",
-    }
+def test_every_scorer_has_a_name():
+    files = {path.stem for path in (Path(rewards.__file__).parent / "scorers").glob("*.py")}
+    assert files == {*rewards.REWARDS, "__init__", "user_function"}
 
 
 def test_it_keeps_to_the_interface(reward, name, images):
     assert isinstance(reward, RewardModel)
-    assert reward.label == name
+    assert reward.about.label == name
     scores = score(reward, images, PROMPTS)
     assert scores.total.shape == (6,)
     assert scores.total.dtype == torch.float32
@@ -95,7 +82,7 @@ def test_it_keeps_to_the_interface(reward, name, images):
 
 def test_it_takes_a_label(build, name, images):
     reward = build(name, label="mine")
-    assert reward.label == "mine"
+    assert reward.about.label == "mine"
     assert list(reward(images, PROMPTS).parts) == ["mine"]
 
 
@@ -113,7 +100,7 @@ def test_the_constructor_takes_the_knobs_and_a_label(name):
 
 
 def test_scores_stay_within_its_bounds(reward, images):
-    low, high = getattr(reward, "bounds", (0.0, 1.0))
+    low, high = reward.about.bounds
     extremes = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), *images[:4].round()])
     for pictures in (images, extremes):
         total = reward(pictures, PROMPTS).total
@@ -153,12 +140,12 @@ def test_its_networks_are_frozen_and_in_evaluation_mode(reward):
 
 def test_pictures_with_nan_are_refused(reward, images):
     images[2, 1, 3, 3] = torch.nan
-    with pytest.raises(RewardError, match=f"^reward {reward.label} .* nan .* {TEXTS[2]!r}"):
+    with pytest.raises(RewardError, match=f"^reward {reward.about.label} .* nan .* {TEXTS[2]!r}"):
         score(reward, images, PROMPTS)
 
 
 def test_no_gradient_leaks(reward, images):
-    if not reward.differentiable:
+    if not reward.about.differentiable:
         assert not reward(images.requires_grad_(), PROMPTS).total.requires_grad
     with torch.no_grad():
         assert not reward(images.requires_grad_(), PROMPTS).total.requires_grad

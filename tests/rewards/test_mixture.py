@@ -3,8 +3,8 @@ import pickle
 import pytest
 import torch
 
-from diffusion.protocols import RewardModel
-from diffusion.types import Prompt, Scores
+from diffusion import Prompt, RewardModel, Scores
+from diffusion.types import About
 from rewards.mixture import Mixture, RewardError, normalized_then_summed, score
 from rewards.scorers.brightness import Brightness
 from rewards.scorers.symmetry import Symmetry
@@ -16,26 +16,23 @@ PROMPTS = [Prompt("1", "a red circle"), Prompt("2", "a blue seven")]
 class Says:
     """A scorer that gives the same answer to everything."""
 
-    differentiable = False
-
     def __init__(self, answer, label="says"):
-        self.label = label
+        self.about = About(label, differentiable=False)
         self.answer = answer
 
     def __call__(self, images, prompts):
-        return Scores(self.answer, {self.label: self.answer})
+        return Scores(self.answer, {self.about.label: self.answer})
 
 
 class Best:
     """1 - mean pixel: differentiable or not, as told, in either case with a gradient."""
 
     def __init__(self, differentiable, label):
-        self.label = label
-        self.differentiable = differentiable
+        self.about = About(label, differentiable)
 
     def __call__(self, images, prompts):
         total = 1 - images.mean((1, 2, 3))
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
 
 @pytest.fixture
@@ -71,14 +68,14 @@ def test_weight_zero_is_watched_and_has_no_say(images):
     scores = mixture(images.requires_grad_(), PROMPTS)
     assert torch.equal(scores.total, Brightness()(images, PROMPTS).total)
     assert not scores.parts["watched"].requires_grad
-    assert mixture.differentiable
+    assert mixture.about.differentiable
 
 
 def test_differentiable_if_all_with_a_say_are():
     yes, no = Best(True, "yes"), Best(False, "no")
-    assert Mixture([(yes, 1.0)]).differentiable
-    assert Mixture([(yes, 1.0), (no, 0.0)]).differentiable
-    assert not Mixture([(yes, 1.0), (no, 1.0)]).differentiable
+    assert Mixture([(yes, 1.0)]).about.differentiable
+    assert Mixture([(yes, 1.0), (no, 0.0)]).about.differentiable
+    assert not Mixture([(yes, 1.0), (no, 1.0)]).about.differentiable
 
 
 def test_the_gradient_comes_from_the_differentiable_parts_alone(images):
@@ -136,10 +133,10 @@ def test_the_error_travels_between_processes():
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        ([], "there is no reward"),
-        ([(Brightness(), 1), (Brightness(), 1)], "2 rewards are called 'brightness'; give each of them a label"),
-        ([(Brightness("total"), 1)], "label 'total' is not allowed; allowed are letters"),
-        ([(Brightness("a/b"), 1)], "label 'a/b' is not allowed"),
+        ([], "no reward; at least one"),
+        ([(Brightness(), 1), (Brightness(), 1)], "2 rewards have the label 'brightness'; give each a `label` of its own"),
+        ([(Brightness("total"), 1)], "label 'total': not allowed; allowed are letters"),
+        ([(Brightness("a/b"), 1)], "label 'a/b': not allowed"),
         ([(Brightness(), 0)], "at least one must be positive"),
         ([(Brightness(), 2), (Symmetry(), -1)], "none may be negative"),
         ([(Brightness(), float("nan"))], "none may be negative"),

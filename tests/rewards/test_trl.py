@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffusion import Prompt, RewardModel, Scores
+from diffusion.types import About
 from rewards import build, check, resolve
 from rewards.mixture import Mixture, RewardError
 from rewards.trl import as_trl_reward, from_trl_reward, text_of
@@ -19,35 +20,33 @@ IMAGES = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4).conti
 class Brightness:
     """The mean of a picture, and what it was asked."""
 
-    label = "bright"
-    differentiable = True
+    about = About("bright", differentiable=True)
 
     def __call__(self, images, prompts):
         self.asked = list(prompts)
         total = images.mean((1, 2, 3))
-        return Scores(total, {self.label: total}, {"width": torch.full_like(total, images.shape[3])})
+        return Scores(total, {self.about.label: total}, {"width": torch.full_like(total, images.shape[3])})
 
 
 class Lengths:
     """How long the captions are."""
 
-    label = "lengths"
-    differentiable = False
+    about = About("lengths", differentiable=False)
 
     def __call__(self, images, prompts):
         total = torch.tensor([float(len(prompt.text)) for prompt in prompts])
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
 
 class Abstains(Brightness):
     """No score of black pictures."""
 
-    abstains = True
+    about = About("bright", differentiable=True, may_abstain=True)
 
     def __call__(self, images, prompts):
         total = images.mean((1, 2, 3))
         total = torch.where(total == 0, math.nan, total)
-        return Scores(total, {self.label: total})
+        return Scores(total, {self.about.label: total})
 
 
 def drawn(texts):
@@ -119,7 +118,7 @@ def test_a_function_gets_texts_pictures_and_columns_as_keywords():
 
     reward = from_trl_reward(f)
     assert isinstance(reward, RewardModel)
-    assert (reward.label, reward.differentiable, reward.abstains) == ("f", False, True)
+    assert reward.about == About("f", differentiable=False, bounds=(-math.inf, math.inf), may_abstain=True)
     scores = reward(IMAGES, PROMPTS)
     assert scores.total[0] == 0.25
     assert scores.total.isnan().tolist() == [False, True, True]
@@ -164,7 +163,7 @@ def test_what_is_raised_names_reward_and_function():
     with pytest.raises(RewardError, match=r"^reward late: fails_late raised KeyError: 'gone'$") as caught:
         from_trl_reward(fails_late, "late")(IMAGES, PROMPTS)
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(RewardError, match="reward f: f gave what is no list of numbers"):
+    with pytest.raises(RewardError, match="reward f: f did not return a list of numbers"):
         from_trl_reward(lambda **_: ["a", "b", "c"], "f", "f")(IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="reward f: f logged 1 few for 3 prompts"):
         from_trl_reward(lambda log_extra, **_: log_extra("few", [1]) or [1.0] * 3, "f", "f")(IMAGES, PROMPTS)
@@ -216,13 +215,13 @@ def test_a_users_function_may_be_one_of_trls(file):
     assert scores.total[:2].tolist() == [1.0, 2.0]
     assert scores.total[2].isnan()
     assert scores.extra["pictures"].tolist() == [3.0] * 3
-    assert reward.abstains
-    assert not reward.differentiable
+    assert reward.about.may_abstain
+    assert not reward.about.differentiable
 
 
 def test_it_has_no_gradient(file):
     entry = {"name": f"python:{file}:longer", "trl": True, "differentiable": True}
-    with pytest.raises(ValueError, match=r"rewards\[0\].trl True: .*8 bits.*allowed: false where differentiable"):
+    with pytest.raises(ValueError, match=r"^rewards\.0\.trl = True: .*8-bit.*; allowed with differentiable: False$"):
         resolve([entry])
 
 
@@ -236,5 +235,5 @@ def test_what_a_users_function_raises_is_a_reward_error(file, name, trl):
 
 
 def test_what_is_no_number_is_a_reward_error(file):
-    with pytest.raises(RewardError, match=f"^reward words: python:{file}:words gave what is no list of numbers: "):
+    with pytest.raises(RewardError, match=f"^reward words: python:{file}:words did not return a list of numbers: "):
         build(resolve([{"name": f"python:{file}:words"}]))(IMAGES, PROMPTS)

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 import rewards
-from diffusion.types import Prompt, Scores
+from diffusion.types import About, Prompt, Scores
 from rewards.mixture import Mixture, RewardError, normalized_then_summed, score
 from rewards.scorers.brightness import Brightness
-from rewards.wrappers import ATTEMPTS, Cached, Clipped, Dropping, Retried
+from rewards.wrappers import ATTEMPTS, Cached, Clipped, Dropping, Retried, image_features
 
 PROMPTS = [Prompt("1", "a red circle"), Prompt("1", "a red circle"), Prompt("2", "a blue seven"), Prompt("3", "a cross")]
 
@@ -13,7 +13,7 @@ PROMPTS = [Prompt("1", "a red circle"), Prompt("1", "a red circle"), Prompt("2",
 class Picky:
     """The mean pixel. Fails on the prompts with these ids, so many times; remembers how many pictures it saw in each call."""
 
-    label, differentiable = "picky", True
+    about = About("picky", differentiable=True)
 
     def __init__(self, fails_on=(), times=1000, error=RewardError):
         self.fails_on, self.times, self.error = fails_on, times, error
@@ -29,14 +29,12 @@ class Picky:
 
 
 class Says:
-    differentiable = False
-
-    def __init__(self, label, answer, **more):
-        self.label, self.answer = label, torch.tensor(answer)
-        vars(self).update(more)
+    def __init__(self, label, answer, may_abstain=False):
+        self.about = About(label, differentiable=False, may_abstain=may_abstain)
+        self.answer = torch.tensor(answer)
 
     def __call__(self, images, prompts):
-        return Scores(self.answer, {self.label: self.answer})
+        return Scores(self.answer, {self.about.label: self.answer})
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def test_retry_asks_again_and_waits_longer_each_time(images, capsys):
     scores = Retried(picky, waits.append)(images, PROMPTS)
     assert torch.equal(scores.total, images.mean((1, 2, 3)))
     assert waits == [1.0, 2.0]
-    assert capsys.readouterr().err.count("the judge is out; asking again") == 2
+    assert capsys.readouterr().err.count("the judge is out; trying again") == 2
 
 
 def test_retry_gives_up_with_the_error(images):
@@ -75,7 +73,7 @@ def test_only_the_prompt_that_fails_is_dropped(images, capsys):
     assert scores.total.isnan().tolist() == [False, False, True, False]
     assert torch.allclose(scores.total[[0, 1, 3]], images[[0, 1, 3]].mean((1, 2, 3)))
     assert scores.extra["dropped/picky"].tolist() == [0, 0, 1, 0]
-    assert "'a blue seven' is left out" in capsys.readouterr().err
+    assert "'a blue seven' is excluded" in capsys.readouterr().err
 
 
 def test_nothing_dropped_is_counted_as_zero_and_keeps_the_rest(images):
@@ -103,14 +101,14 @@ def test_a_watched_reward_that_fails_costs_nothing(images):
 
 def test_who_abstains_is_left_out_of_the_mean(images):
     nan = torch.nan
-    sometimes = Says("sometimes", [nan, 1.0, nan, 0.5], abstains=True)
+    sometimes = Says("sometimes", [nan, 1.0, nan, 0.5], may_abstain=True)
     always = Says("always", [0.0, 0.0, 1.0, 1.0])
     mixture = Mixture([(sometimes, 1.0), (always, 3.0)])
     assert mixture(images, PROMPTS).total.tolist() == [0.0, 0.25, 1.0, 0.875]
     alone = Mixture([(sometimes, 1.0)])
-    assert alone.abstains
+    assert alone.about.may_abstain
     assert alone(images, PROMPTS).total.isnan().tolist() == [True, False, True, False]
-    assert not Mixture([(always, 1.0), (sometimes, 0.0)]).abstains
+    assert not Mixture([(always, 1.0), (sometimes, 0.0)]).about.may_abstain
 
 
 def test_others_may_not_abstain(images):
@@ -164,16 +162,17 @@ def test_a_cached_reward_keeps_its_gradient(images):
 
 def test_a_wrapper_tells_what_the_scorer_tells():
     class Featured(Picky):
-        bounds, abstains = (-1.0, 1.0), True
+        about = About("picky", True, (-1.0, 1.0), may_abstain=True)
 
         def image_features(self, images):
             return images
 
     for wrapped in (Cached(Featured(), 1), Retried(Featured()), Dropping(Featured())):
-        assert (wrapped.label, wrapped.differentiable, wrapped.bounds, wrapped.abstains) == ("picky", True, (-1.0, 1.0), True)
-        assert wrapped.image_features(3) == 3
-    assert Clipped(Featured(), 0.0, 0.5).bounds == (0.0, 0.5)
-    assert not hasattr(Retried(Brightness()), "image_features")
+        assert wrapped.about == Featured.about
+        assert image_features(Retried(wrapped))(3) == 3
+    assert Clipped(Featured(), 0.0, 0.5).about == About("picky", True, (0.0, 0.5), may_abstain=True)
+    assert Dropping(Picky()).about.may_abstain
+    assert image_features(Retried(Brightness())) is None
 
 
 def test_an_entry_asks_for_its_wrappers(images):
@@ -185,5 +184,5 @@ def test_an_entry_asks_for_its_wrappers(images):
     assert reward(images, PROMPTS).total.max() == pytest.approx(0.1)
     ((reward, _),) = rewards.build(rewards.resolve([{"name": "brightness", "on_error": "retry"}])).members
     assert isinstance(reward, Retried)
-    with pytest.raises(ValueError, match=r"rewards\[0\].on_error 'ignore': input should be 'fail', 'retry' or 'drop_group'"):
+    with pytest.raises(ValueError, match=r"^rewards\.0\.on_error = 'ignore': Input should be 'fail', 'retry' or 'drop_group'$"):
         rewards.resolve([{"name": "brightness", "on_error": "ignore"}])

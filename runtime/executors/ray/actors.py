@@ -12,9 +12,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
-from diffusion import Group, Plan
+from diffusion import About, Group, Plan
 from rewards.mixture import RewardError
-from rewards.transport.remote import Host
+from rewards.serve import EntryHost
 from runtime.executors.isolation import python_of, variables
 from runtime.executors.messages import summary_of
 from runtime.executors.ray.cluster import node_with
@@ -35,7 +35,7 @@ class RayTransport:
         # Found by name, not passed over: Ray cannot promise to keep a handle for a worker that is restarted.
         self._label = label
         self._host: Any = ray.get_actor(name_of_host(label))
-        self.about: Mapping[str, Any] = self._result(self._host.about.remote())
+        self.about: About = self._result(self._host.about.remote())
 
     def __call__(self, request: bytes) -> bytes:
         return self._result(self._host.answer.remote(request))
@@ -114,7 +114,7 @@ def new_host(experiment: Experiment, entry: Mapping[str, Any], options: Mapping[
     """An actor with the interpreter of the entry's environment that runs its scorer; Ray may repeat calls."""
     strategy: Any = "DEFAULT" if address == "local" else NodeAffinitySchedulingStrategy(node_with(entry["env"]), soft=False)
     runtime_env = {"py_executable": str(python_of(entry["env"])), "env_vars": variables()}
-    actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=ATTEMPTS)(Host)
+    actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=ATTEMPTS)(EntryHost)
     actor = actor.options(name=name_of_host(entry["label"]), runtime_env=runtime_env, scheduling_strategy=strategy)
     return actor.remote(entry, experiment.run.device, threads(experiment))
 

@@ -123,7 +123,7 @@ def refused(file, act=read_head) -> str:
     [
         ({"layers.2.bias": None}, "lacks layers.2.bias; allowed: layers.0.weight, layers.0.bias, layers.2.weight"),
         ({"layers.9.weight": torch.ones(1, 1)}, "has the unexpected layers.9.weight; allowed: layers.0.weight"),
-        ({"layers.0.weight": [1.0]}, "holds no tensors by name"),
+        ({"layers.0.weight": [1.0]}, "not a mapping of names to tensors"),
         ({"layers.0.weight": torch.ones(3)}, "layers.0.weight is torch.float32 [3], not floating point in 2 axes"),
         ({"layers.4.bias": torch.ones(8).long()}, "layers.4.bias is torch.int64 [8], not floating point in 1 axes"),
         ({"layers.4.weight": torch.ones(8, 17)}, "layers.4 has weight [8, 17] and bias [8], where [8, 16] and [8] are needed"),
@@ -147,27 +147,27 @@ class Code:
 
 def test_files_that_are_no_heads(tensors, tmp_path, capsys):
     file = tmp_path / "head.pth"
-    assert refused(file) == "there is no such file; the original is sac+logos+ava1-l14-linearMSE.pth"
+    assert refused(file) == "no such file; the original is sac+logos+ava1-l14-linearMSE.pth"
     for written in (b"", b"<!DOCTYPE html>", b"PK\3\4 cut off"):
         file.write_bytes(written)
-        assert refused(file).startswith("no checkpoint of plain tensors")
+        assert refused(file).startswith("not a checkpoint of plain tensors")
         file.with_suffix(".safetensors").write_bytes(written)
-        assert refused(file.with_suffix(".safetensors")).startswith("no checkpoint of plain tensors")
+        assert refused(file.with_suffix(".safetensors")).startswith("not a checkpoint of plain tensors")
     torch.save(Code(), file)
-    assert refused(file).startswith("no checkpoint of plain tensors")
+    assert refused(file).startswith("not a checkpoint of plain tensors")
     assert capsys.readouterr().out == ""
     torch.save([1, 2], file)
-    assert refused(file) == "holds no tensors by name"
+    assert refused(file) == "not a mapping of names to tensors"
 
 
 def test_a_head_for_other_features(clip_folder, tensors, tmp_path):
     torch.save(tensors | {"layers.0.weight": torch.ones(32, 768)}, tmp_path / "head.pth")
     said = refused(tmp_path / "head.pth", lambda head: Aesthetic(head, str(clip_folder)))
-    assert said == f"reads features of 768 dimensions, and weights {str(clip_folder)!r} give 64"
+    assert said == f"needs features of 768 dimensions; weights {str(clip_folder)!r} give 64"
 
 
 def test_it_is_checked_without_loading_the_network(head_file, clip_folder, tmp_path):
     Aesthetic.check(str(head_file), str(clip_folder), 8)
-    assert "there is no such file" in refused(tmp_path / "none.pth", lambda head: Aesthetic.check(head, str(clip_folder), 8))
-    with pytest.raises(ValueError, match=r"^weights .*: no config.json there"):
+    assert "no such file" in refused(tmp_path / "none.pth", lambda head: Aesthetic.check(head, str(clip_folder), 8))
+    with pytest.raises(ValueError, match=r"^weights .*: not a transformers model folder \(no config\.json\)$"):
         Aesthetic.check(str(head_file), str(tmp_path), 8)

@@ -10,7 +10,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import rewards
 from diffusion.types import Prompt
-from rewards.scorers.clip_score import CLIPScore, center_crop, resize_shortest_edge
+from rewards.parts.clip import center_crop, resize_shortest_edge
+from rewards.scorers.clip_score import CLIPScore
 from worlds.glyphs import parse, read_prompts, render
 
 TEXTS = read_prompts("evaluation")[:4]
@@ -58,7 +59,7 @@ def test_close_to_transformers_where_it_is(reward, clip_folder, size):
     coarse = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     images = eight_bit(torch.nn.functional.interpolate(coarse, size, mode="bilinear")) / 255
     theirs = CLIPImageProcessorPil.from_pretrained(clip_folder)(pil(images), return_tensors="pt").pixel_values
-    assert ((reward.preprocess(images) - theirs) * reward.preprocess.std).abs().max() < 1.1 / 255
+    assert ((reward.preprocess(images) - theirs) * torch.tensor(reward.preprocess.std)[:, None, None]).abs().max() < 1.1 / 255
     assert (reward(images, PROMPTS).total - transformers_cosine(clip_folder, images)).abs().max() < 5e-4
 
 
@@ -93,18 +94,18 @@ def test_the_micro_batch_does_not_matter(clip_folder, reward):
 def test_a_caption_is_encoded_once(clip_folder, monkeypatch):
     reward = CLIPScore(str(clip_folder))
     asked = []
-    encode = reward._encode
-    monkeypatch.setattr(reward, "_encode", lambda text: asked.append(text) or encode(text))
+    encode = reward.captions.encode
+    monkeypatch.setattr(reward.captions, "encode", lambda text: asked.append(text) or encode(text))
     for _ in range(2):
         reward(torch.rand(4, 3, 32, 32), [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]])
     assert asked == TEXTS[:2]
 
 
 def test_captions_kept_in_memory_are_bounded(clip_folder, monkeypatch):
-    monkeypatch.setattr("rewards.scorers.clip_score.CACHED_PROMPTS", 2)
+    monkeypatch.setattr("rewards.parts.clip.CACHED_CAPTIONS", 2)
     reward = CLIPScore(str(clip_folder))
     first = reward(torch.full((4, 3, 32, 32), 0.3), PROMPTS).total
-    assert len(reward._texts) == 2
+    assert len(reward.captions._known) == 2
     assert torch.equal(first, reward(torch.full((4, 3, 32, 32), 0.3), PROMPTS).total)
 
 
@@ -118,7 +119,7 @@ def test_bfloat16_halves_the_network_s_memory(clip_folder, reward):
 @pytest.mark.parametrize("dtype", ["float16", "bf16", None])
 def test_other_dtypes_are_refused(clip_folder, dtype):
     entry = {"name": "clip_score", "weights": str(clip_folder), "dtype": dtype}
-    with pytest.raises(ValueError, match=r"^rewards\[0\]\.dtype .*: input should be 'float32' or 'bfloat16'$"):
+    with pytest.raises(ValueError, match=r"^rewards\.0\.dtype = .*: Input should be 'float32' or 'bfloat16'$"):
         rewards.resolve([entry])
 
 
@@ -142,12 +143,12 @@ def test_incomplete_folders(copy):
     weights = load_file(copy / "model.safetensors")
     left_out = "visual_projection.weight"
     save_file({k: v for k, v in weights.items() if k != left_out}, copy / "model.safetensors", {"format": "pt"})
-    assert f"its weights lack 1 of CLIPModel's, for example {left_out}" in refused(copy)
+    assert f"1 of CLIPModel's weights are missing, for example {left_out}" in refused(copy)
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     (copy / "tokenizer.json").unlink()
-    assert "its tokenizer files know" in refused(copy)
+    assert "its tokenizer has" in refused(copy)
     (copy / "preprocessor_config.json").unlink()
-    assert "no preprocessor_config.json there" in refused(copy)
+    assert "preprocessor_config.json: no such file" in refused(copy)
 
 
 @pytest.mark.parametrize(

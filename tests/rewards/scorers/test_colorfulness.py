@@ -40,7 +40,7 @@ def test_the_most_colourful_picture_is_as_colourful_as_the_bounds_say():
     # m of the docstring is 0.3 sqrt(1.25 / 1.09) = 0.32126 = 0.5 (2 share - 1), share 0.82126 of red and green.
     most = score(row(*[RED, GREEN] * 411, *[MAGENTA, CYAN] * 89)).item()
     assert most == pytest.approx((1.25 * 1.09) ** 0.5, abs=1e-5)
-    low, high = Colorfulness.bounds
+    low, high = Colorfulness.facts.bounds
     assert low < most < high < most + 1e-4
 
 

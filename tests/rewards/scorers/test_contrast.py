@@ -36,7 +36,7 @@ def test_a_few_pixels(colors, expected):
 def test_half_black_half_white_is_the_upper_bound():
     halves = torch.zeros(1, 3, 32, 32)
     halves[..., 16:] = 1
-    assert score(halves).item() == Contrast.bounds[1] == 0.5
+    assert score(halves).item() == Contrast.facts.bounds[1] == 0.5
 
 
 def test_it_is_the_spread_of_brightness():

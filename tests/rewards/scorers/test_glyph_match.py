@@ -42,7 +42,7 @@ def test_one_changed_attribute_scores_lower_98_percent_of_the_time(truth, truth_
 def test_it_is_a_reward_model_with_one_part():
     reward = GlyphMatch("match")
     assert isinstance(reward, RewardModel)
-    assert reward.differentiable is False
+    assert reward.about.differentiable is False
     scores = reward(render([parse("a red circle")], seed=0), [Prompt("0", "a red circle")])
     assert scores.total.dtype == torch.float32
     assert list(scores.parts) == ["match"]

@@ -11,8 +11,9 @@ from transformers import CLIPTokenizer
 
 from diffusion.types import Prompt
 from rewards.parts import compat
-from rewards.parts.checkpoints import read_checkpoint
-from rewards.scorers.hpsv2 import HPSv2, Preprocess, Sizes, clean, measure, shapes, to_transformers
+from rewards.parts.files import read_checkpoint
+from rewards.parts.open_clip import Sizes, measure, shapes, to_transformers
+from rewards.scorers.hpsv2 import HPSv2, Preprocess, clean
 from worlds.glyphs import parse, read_prompts, render
 
 TEXTS = read_prompts("evaluation")[:4]
@@ -194,9 +195,9 @@ def test_a_caption_is_encoded_once_and_memory_is_bounded(knobs, images, monkeypa
     for _ in range(2):
         reward(images, [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]])
     assert asked == TEXTS[:2]
-    monkeypatch.setattr("rewards.scorers.hpsv2.CACHED_PROMPTS", 2)
+    monkeypatch.setattr("rewards.parts.clip.CACHED_CAPTIONS", 2)
     reward(images, PROMPTS)
-    assert len(reward._texts) == 2
+    assert len(reward.captions._known) == 2
 
 
 def refused(**knobs) -> str:
@@ -209,8 +210,8 @@ def refused(**knobs) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.pop("visual.proj"), "lack 1 of CLIP's tensors, for example visual.proj"),
-        (lambda t: t.pop("transformer.resblocks.1.ln_2.bias"), "lack 1 of CLIP's tensors, for example transformer.res"),
+        (lambda t: t.pop("visual.proj"), "1 of CLIP's tensors are missing, for example visual.proj"),
+        (lambda t: t.pop("transformer.resblocks.1.ln_2.bias"), "1 of CLIP's tensors are missing, for example transformer.res"),
         (lambda t: t.update(score=torch.ones(1)), "1 tensors are not CLIP's, for example score"),
         (lambda t: t.update({"visual.ln_pre.bias": torch.ones(7)}), "visual.ln_pre.bias is [7], where CLIP has [128]"),
         (lambda t: t.update({"visual.positional_embedding": torch.ones(16, 128)}), "is [16, 128], where CLIP has [17, 128]"),
@@ -226,7 +227,7 @@ def test_widths_without_a_rule_for_heads(knobs, tmp_path):
     wanted = shapes(dataclasses.replace(VIT_H, vision_width=100, vision_layers=1, text_layers=1, text_width=64, words=8))
     torch.save({key: torch.zeros(shape) for key, shape in wanted.items()}, tmp_path / "hps.pt")
     said = refused(**{**knobs, "weights": str(tmp_path / "hps.pt")})
-    assert "towers 100 and 64 wide do not fall into open_clip's heads" in said
+    assert "widths 100 and 64 do not divide into open_clip's heads" in said
 
 
 class Trap:
@@ -240,22 +241,22 @@ def test_files_that_are_no_checkpoint(knobs, tmp_path):
         torch.save(content, path)
         refused(**{**knobs, "weights": str(path)})
     path.write_bytes(b"<html>")
-    assert "no checkpoint of plain tensors" in refused(**{**knobs, "weights": str(path)})
+    assert "not a checkpoint of plain tensors" in refused(**{**knobs, "weights": str(path)})
     (tmp_path / "hps.safetensors").write_bytes(b"<html>")
-    assert "no checkpoint of plain tensors" in refused(**{**knobs, "weights": str(tmp_path / "hps.safetensors")})
+    assert "not a checkpoint of plain tensors" in refused(**{**knobs, "weights": str(tmp_path / "hps.safetensors")})
 
 
 def test_places_that_are_none(knobs, tmp_path, clip_folder):
-    assert "there is no such file or folder" in refused(**{**knobs, "weights": "weights/hps.pt"})
+    assert "no such file or folder" in refused(**{**knobs, "weights": "weights/hps.pt"})
     assert "no HPS_v2.1_compressed.pt in this folder" in refused(**{**knobs, "weights": str(tmp_path)})
-    assert "there is no such file or folder" in refused(**{**knobs, "tokenizer": "clip"})
-    assert "no tokenizer.json or vocab.json there" in refused(**{**knobs, "tokenizer": str(tmp_path)})
+    assert "no such file or folder" in refused(**{**knobs, "tokenizer": "clip"})
+    assert "(no tokenizer.json or vocab.json)" in refused(**{**knobs, "tokenizer": str(tmp_path)})
 
 
 def test_a_tokenizer_of_another_network(knobs, tensors, tmp_path):
     tensors["token_embedding.weight"] = tensors["token_embedding.weight"][:-1].clone()
     torch.save(tensors, tmp_path / "hps.pt")
-    assert "tokens, the checkpoint" in refused(**{**knobs, "weights": str(tmp_path / "hps.pt")})
+    assert "tokens; the checkpoint" in refused(**{**knobs, "weights": str(tmp_path / "hps.pt")})
 
 
 def test_the_hub_without_network(knobs, monkeypatch, tmp_path):

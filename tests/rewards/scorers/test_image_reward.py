@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from diffusion.types import Prompt
 from rewards.parts import compat
-from rewards.parts.checkpoints import read_checkpoint
+from rewards.parts.files import read_checkpoint
 from rewards.scorers.image_reward import ImageReward
 from worlds.glyphs import parse, read_prompts, render
 
@@ -159,10 +159,13 @@ def refused(*arguments, **knobs) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.pop("mlp.layers.7.bias"), "lack 1 of ImageReward's tensors, for example mlp.layers.7.bias"),
+        (lambda t: t.pop("mlp.layers.7.bias"), "1 of ImageReward's tensors are missing, for example mlp.layers.7.bias"),
         (lambda t: t.update(extra=torch.ones(1)), "1 tensors are not ImageReward's, for example extra"),
         (lambda t: t.update({"mlp.layers.7.bias": torch.ones(2)}), "mlp.layers.7.bias is [2], where ImageReward has [1]"),
-        (lambda t: t.pop("blip.visual_encoder.pos_embed"), "so it is no checkpoint of ImageReward"),
+        (
+            lambda t: t.pop("blip.visual_encoder.pos_embed"),
+            "not a checkpoint of ImageReward (no blip.visual_encoder.pos_embed of 3 axes)",
+        ),
     ],
 )
 def test_checkpoints_that_are_not_whole(knobs, copy, change, said):
@@ -178,12 +181,12 @@ def test_configurations_that_do_not_fit(knobs, copy):
     for key, value, said in (
         ("hidden_size", 64, "hidden_size is 64; allowed: 768"),
         ("add_cross_attention", False, "add_cross_attention is False; allowed: True"),
-        ("num_hidden_layers", 3, "lack 26 of ImageReward's tensors"),
+        ("num_hidden_layers", 3, "26 of ImageReward's tensors are missing"),
     ):
         (copy / "med_config.json").write_text(json.dumps({**config, key: value}))
         assert said in refused(**{**knobs, "weights": str(copy)})
     (copy / "med_config.json").write_text("<html>")
-    assert "is no JSON" in refused(**{**knobs, "weights": str(copy)})
+    assert "not JSON" in refused(**{**knobs, "weights": str(copy)})
     (copy / "med_config.json").unlink()
     assert "no med_config.json in this folder" in refused(**{**knobs, "weights": str(copy / "ImageReward.pt")})
 
@@ -191,14 +194,14 @@ def test_configurations_that_do_not_fit(knobs, copy):
 @PACKAGE
 def test_a_tokenizer_of_another_network(knobs, copy):
     (copy / "vocab.txt").write_text((copy / "vocab.txt").read_text() + "\nmore")
-    assert "tokens, the checkpoint" in refused(knobs["weights"], tokenizer=str(copy))
+    assert "tokens; the checkpoint" in refused(knobs["weights"], tokenizer=str(copy))
 
 
 @PACKAGE
 def test_places_that_are_none(knobs, tmp_path):
-    assert "there is no such file or folder" in refused(**{**knobs, "weights": "weights/ImageReward.pt"})
+    assert "no such file or folder" in refused(**{**knobs, "weights": "weights/ImageReward.pt"})
     assert "no ImageReward.pt in this folder" in refused(**{**knobs, "weights": str(tmp_path)})
-    assert "no vocab.txt or tokenizer.json there" in refused(**{**knobs, "tokenizer": str(tmp_path)})
+    assert "(no vocab.txt or tokenizer.json)" in refused(**{**knobs, "tokenizer": str(tmp_path)})
 
 
 @PACKAGE

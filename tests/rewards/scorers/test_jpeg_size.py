@@ -33,7 +33,7 @@ def test_it_is_minus_the_kilobytes_of_pillow_s_file(noise):
 
 def test_it_is_below_0_and_falls_with_noise(noise):
     scores = score(noise)
-    assert (scores < JPEGSize.bounds[1]).all()
+    assert (scores < JPEGSize.facts.bounds[1]).all()
     assert (scores.diff() < 0).all()
 
 
@@ -73,5 +73,5 @@ def test_the_batch_leaves_every_bit_as_it_is(noise):
 
 @pytest.mark.parametrize("quality", [0, 101])
 def test_qualities_that_jpeg_does_not_have(quality):
-    with pytest.raises(ValueError, match=rf"^rewards\[0\]\.quality {quality}: input should be "):
+    with pytest.raises(ValueError, match=rf"^rewards\.0\.quality = {quality}: Input should be "):
         rewards.resolve([{"name": "jpeg_size", "quality": quality}])

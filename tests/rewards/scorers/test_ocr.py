@@ -10,9 +10,9 @@ from diffusion.types import Prompt
 from rewards.mixture import RewardError
 from rewards.parts import compat
 from rewards.scorers import ocr
-from rewards.scorers.ocr import OCR, asked_for, closeness, edit_distance, plain, quoted
+from rewards.scorers.ocr import OCR, closeness, edit_distance, plain, quoted, requested_text
 
-PACKAGE = pytest.mark.skipif(bool(compat.missing(OCR.packages)), reason="rapidocr is not installed; make rewards")
+PACKAGE = pytest.mark.skipif(bool(compat.missing(OCR.facts.packages)), reason="rapidocr is not installed; make rewards")
 
 
 def written(text, side=128, size=32):
@@ -90,12 +90,12 @@ def test_closeness(read, score):
     assert closeness(read, "stop") == score
 
 
-def test_asked_for():
-    assert asked_for(Prompt("1", 'the "Grand" old "Hotel"')) == "grandhotel"
-    assert asked_for(Prompt("1", 'a "STOP" sign', {"ocr_text": "Halt"})) == "halt"
-    assert asked_for(Prompt("1", 'a "STOP" sign', {"ocr_text": None})) == "stop"
-    assert asked_for(Prompt("1", "the year", {"ocr_text": 1999})) == "1999"
-    assert asked_for(Prompt("1", 'a sign, " "')) == ""
+def test_requested_text():
+    assert requested_text(Prompt("1", 'the "Grand" old "Hotel"')) == "grandhotel"
+    assert requested_text(Prompt("1", 'a "STOP" sign', {"ocr_text": "Halt"})) == "halt"
+    assert requested_text(Prompt("1", 'a "STOP" sign', {"ocr_text": None})) == "stop"
+    assert requested_text(Prompt("1", "the year", {"ocr_text": 1999})) == "1999"
+    assert requested_text(Prompt("1", 'a sign, " "')) == ""
 
 
 @pytest.fixture
@@ -123,9 +123,7 @@ def test_each_picture_is_read_in_8_bits_and_set_against_its_caption(seen):
 
 @pytest.mark.parametrize("caption", ["a red circle", 'a sign, ""', 'a sign, " "'])
 def test_a_caption_without_text_stops_before_anything_is_read(seen, caption):
-    with pytest.raises(
-        RewardError, match=f"^reward sign, prompt {caption!r}: asks for no text; allowed are words in quotation"
-    ):
+    with pytest.raises(RewardError, match=f"^reward sign, prompt {caption!r}: requests no text; allowed: words in quotation"):
         OCR(label="sign")(torch.zeros(2, 3, 8, 8), prompts('"STOP"', caption))
     assert seen == []
 
@@ -221,9 +219,9 @@ def test_a_recogniser_that_is_none(tmp_path):
     (tmp_path / "words.onnx").write_text("words")
     detector, _ = ocr._models("")
     for weights, problem in (
-        (tmp_path / "missing.onnx", "there is no such file"),
-        (tmp_path / "words.onnx", "is no network in ONNX"),
-        (detector, "has no list of its characters"),
+        (tmp_path / "missing.onnx", "no such file"),
+        (tmp_path / "words.onnx", "not a network in ONNX"),
+        (detector, "no list of characters"),
     ):
         with pytest.raises(ValueError, match=f"^weights '{weights}': {problem}"):
             OCR(weights=str(weights))

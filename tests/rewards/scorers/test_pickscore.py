@@ -108,5 +108,5 @@ def test_the_published_weights_are_the_default():
 
 def test_a_folder_that_is_none(tmp_path):
     for act in (lambda: PickScore(str(tmp_path)), lambda: PickScore.check(str(tmp_path), 8)):
-        with pytest.raises(ValueError, match=r"^weights .*: no config.json there"):
+        with pytest.raises(ValueError, match=r"^weights .*: not a transformers model folder \(no config\.json\)$"):
             act()

@@ -38,7 +38,7 @@ def test_a_function_gets_pictures_captions_and_columns(file):
 def test_gradients_flow_only_where_the_experiment_says_so(file, differentiable):
     entry = {"name": f"python:{file}:bright", "differentiable": differentiable}
     mixture = build(resolve([entry]))
-    assert mixture.differentiable is differentiable
+    assert mixture.about.differentiable is differentiable
     images = IMAGES.clone().requires_grad_()
     total = mixture(images, PROMPTS).total
     assert total.requires_grad is differentiable
@@ -65,7 +65,7 @@ def test_a_function_of_a_module():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("python:nothing.py:f", "there is no file nothing.py"),
+        ("python:nothing.py:f", "no such file: nothing.py"),
         ("python:no_such_module.f", "No module named 'no_such_module'"),
         ("python:math.no_such_function", "math has no function no_such_function"),
         ("python:FILE:constant", "has no function constant"),

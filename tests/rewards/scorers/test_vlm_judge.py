@@ -145,7 +145,7 @@ def test_giving_up(new, server):
     server.reply = lambda asked: server.Reply(503, {"error": {"message": "over\nloaded"}})
     said = failure(new(retries=2), 9)
     assert said == (
-        f"reward vlm_judge, prompt 'a red circle': {server.url}/chat/completions says 503: 'over\\nloaded' (3 requests)"
+        f"reward vlm_judge, prompt 'a red circle': {server.url}/chat/completions answered 503: 'over\\nloaded' (3 requests)"
     )
     assert len(server.asked) == 3
 
@@ -165,9 +165,9 @@ def test_a_server_that_does_not_answer(new, server):
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [
-        (400, {"error": {"message": "no such\nfield"}}, "says 400: 'no such\\nfield' (1 requests)"),
-        (404, b"<h1>nothing here</h1>", "says 404: '<h1>nothing here</h1>'"),
-        (401, b"x" * 1000, "says 401: '" + "x" * 300 + "...'"),
+        (400, {"error": {"message": "no such\nfield"}}, "answered 400: 'no such\\nfield' (1 requests)"),
+        (404, b"<h1>nothing here</h1>", "answered 404: '<h1>nothing here</h1>'"),
+        (401, b"x" * 1000, "answered 401: '" + "x" * 300 + "...'"),
     ],
 )
 def test_requests_that_the_server_refuses_are_not_repeated(new, server, status, body, said):
@@ -178,7 +178,7 @@ def test_requests_that_the_server_refuses_are_not_repeated(new, server, status, 
 
 def test_redirections_are_not_followed(new, server):
     server.reply = lambda asked: server.Reply(307, {}, {"Location": f"{server.url}/chat/completions"})
-    assert "says 307" in failure(new(), 9)
+    assert "answered 307" in failure(new(), 9)
     assert len(server.asked) == 1
 
 
@@ -262,7 +262,7 @@ def test_the_key_comes_from_the_environment_and_is_kept_nowhere(new, server, mon
     assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
     assert KEY not in repr(vars(judge))
     server.reply = lambda asked: server.Reply(401, {"error": {"message": f"{KEY} is wrong"}})
-    assert "says 401: '*** is wrong'" in failure(judge, 9)
+    assert "answered 401: '*** is wrong'" in failure(judge, 9)
     server.reply = lambda asked: server.says(f"{KEY}!")
     assert "the answer '***!' has 0 matches" in failure(judge, 9)
 
@@ -292,15 +292,15 @@ def refused(**knobs) -> str:
         ({"url": "localhost:8000/v1"}, "must be http://HOST... or https://HOST..."),
         ({"url": "file:///etc/passwd"}, "must be http://HOST"),
         ({"url": "http://host:port/"}, "url: Port could not be cast"),
-        ({"url": "http://host/v1/chat/completions/"}, "leave /chat/completions out"),
+        ({"url": "http://host/v1/chat/completions/"}, "must not end in /chat/completions"),
         ({"template": "Is it good?"}, "template 'Is it good?': has no {prompt}"),
-        ({"pattern": "(a"}, "pattern '(a': is no regular expression: missing )"),
+        ({"pattern": "(a"}, "pattern '(a': not a regular expression: missing )"),
         ({"pattern": r"\d+"}, r"pattern '\\d+': has 0 groups; exactly one"),
         ({"pattern": r"(a)(b)"}, "has 2 groups; exactly one"),
         ({"low": 10}, "low 10: must be below high 10"),
-        ({"options": {"stream": True}}, "options: stream may not be set there"),
-        ({"max_requests": 0}, "max_requests 0: input should be greater than or equal to 1"),
-        ({"api_key": KEY}, "api_key is not known"),
+        ({"options": {"stream": True}}, "options: stream may not be set here"),
+        ({"max_requests": 0}, "rewards.0.max_requests = 0: Input should be greater than or equal to 1"),
+        ({"api_key": KEY}, "rewards.0.api_key: unknown key"),
     ],
 )
 def test_wrong_knobs(knobs, said):
@@ -326,7 +326,7 @@ def test_secrets_in_the_wrong_place_are_refused_and_not_repeated(knobs):
 def test_a_key_that_would_break_a_header_is_refused_and_not_repeated(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret\nX-Other: secret")
     said = refused(api_key_env="JUDGE_KEY")
-    assert said == "api_key_env 'JUDGE_KEY': the environment variable holds characters that no key has"
+    assert said == "api_key_env 'JUDGE_KEY': the environment variable holds characters that a key cannot have"
 
 
 def test_no_gradient(new):

@@ -6,6 +6,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,19 +14,21 @@ from PIL import Image
 from safetensors.torch import load
 
 import rewards
-from diffusion.types import Prompt
+from diffusion.types import About, Prompt
 from rewards.mixture import RewardError, score
-from rewards.transport.http import Client, server
-from rewards.transport.remote import FromElsewhere, Host, read_request, write_request
+from rewards.names import own_knobs
+from rewards.serve import EntryHost, server
+from rewards.transport.http import Client
+from rewards.transport.remote import RemoteReward, read_about, read_request, write_request
 
 PROMPTS = [Prompt("1", "a red circle", {"place": "left", "n": [1, 2]}), Prompt("2", "a blue seven")]
 
 
 class Near:
-    """The wire without a network: an `Ask` that counts."""
+    """The wire without a network: a `Transport` that counts."""
 
     def __init__(self, host):
-        self.host, self.about, self.requests = host, json.loads(json.dumps(host.about())), []
+        self.host, self.about, self.requests = host, read_about(json.loads(json.dumps(asdict(host.about())))), []
 
     def __call__(self, request):
         self.requests.append(request)
@@ -60,21 +63,20 @@ def serve():
 def everywhere(request, clip_folder, serve):
     """One reward in three places: here, behind the wire, behind HTTP."""
     given = entry(name=request.param, **({"weights": str(clip_folder)} if request.param == "clip_score" else {}))
-    host = Host(given, "cpu")
-    here = rewards.scorer(request.param)(label=request.param, **rewards.registry.own_knobs(given))
-    return here, FromElsewhere(Near(host), request.param), FromElsewhere(Client(serve(host), request.param), request.param)
+    host = EntryHost(given, "cpu")
+    here = rewards.scorer(request.param)(label=request.param, **own_knobs(given))
+    return here, RemoteReward(Near(host), request.param), RemoteReward(Client(serve(host), request.param), request.param)
 
 
 def test_scores_and_gradients_are_the_same_in_all_places(everywhere, images):
     here, *others = everywhere
     expected = score(here, images, PROMPTS).total
     for there in others:
-        assert there.differentiable == here.differentiable
-        assert there.bounds == getattr(here, "bounds", (0.0, 1.0))
+        assert there.about == here.about
         got = score(there, images, PROMPTS)
         assert (got.total - expected).abs().max() <= 1e-6
-        assert torch.equal(got.parts[here.label], got.total)
-        if not here.differentiable:
+        assert torch.equal(got.parts[here.about.label], got.total)
+        if not here.about.differentiable:
             assert not there(images.clone().requires_grad_(), PROMPTS).total.requires_grad
             continue
         weights = torch.tensor([2.0, -1.0])
@@ -87,8 +89,8 @@ def test_scores_and_gradients_are_the_same_in_all_places(everywhere, images):
 
 
 def test_the_gradient_is_asked_for_only_where_it_is_wanted(images):
-    near = Near(Host(entry(name="symmetry"), "cpu"))
-    reward = FromElsewhere(near, "mine")
+    near = Near(EntryHost(entry(name="symmetry"), "cpu"))
+    reward = RemoteReward(near, "mine")
     reward(images, PROMPTS)
     with torch.no_grad():
         reward(images.requires_grad_(), PROMPTS)
@@ -98,7 +100,7 @@ def test_the_gradient_is_asked_for_only_where_it_is_wanted(images):
 
 
 def test_there_is_no_second_derivative(images):
-    reward = FromElsewhere(Near(Host(entry(name="symmetry"), "cpu")), "symmetry")
+    reward = RemoteReward(Near(EntryHost(entry(name="symmetry"), "cpu")), "symmetry")
     (gradient,) = torch.autograd.grad(reward(images.requires_grad_(), PROMPTS).total.square().sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -113,7 +115,7 @@ def test_a_request_says_all_of_it(images):
 
 def test_what_is_no_request():
     for wrong in (b"", b"x" * 100, write_request(torch.zeros(1), [], False)[:50]):
-        with pytest.raises(RewardError, match=r"^no request for scores: "):
+        with pytest.raises(RewardError, match=r"^not a request for scores: "):
             read_request(wrong)
 
 
@@ -121,20 +123,20 @@ def test_what_a_reward_says_beside_its_score_comes_along(images, tmp_path):
     (tmp_path / "f.py").write_text(
         "def f(prompts, completions, log_metric, **columns):\n    log_metric('length', 5.0)\n    return [None, 0.5]\n"
     )
-    near = Near(Host(entry(name=f"python:{tmp_path}/f.py:f", trl=True), "cpu"))
-    scores = score(FromElsewhere(near, "f"), images, PROMPTS)
+    near = Near(EntryHost(entry(name=f"python:{tmp_path}/f.py:f", trl=True), "cpu"))
+    scores = score(RemoteReward(near, "f"), images, PROMPTS)
     assert scores.total.isnan().tolist() == [True, False]
     assert scores.extra["length"].tolist() == [5.0, 5.0]
 
 
 def test_any_failure_there_is_a_reward_error_here(images, tmp_path, serve):
     (tmp_path / "f.py").write_text("def f(images, prompts, **meta):\n    return {}[0]\n")
-    host = Host(entry(name=f"python:{tmp_path}/f.py:f"), "cpu")
+    host = EntryHost(entry(name=f"python:{tmp_path}/f.py:f"), "cpu")
     for ask in (Near(host), Client(serve(host), "f")):
         with pytest.raises(RewardError, match=r"f raised KeyError"):
-            FromElsewhere(ask, "f")(images, PROMPTS)
+            RemoteReward(ask, "f")(images, PROMPTS)
     with pytest.raises(RewardError, match="takes float32"):
-        FromElsewhere(Near(Host(entry(name="symmetry"), "cpu")), "symmetry")(images[:1], PROMPTS)
+        RemoteReward(Near(EntryHost(entry(name="symmetry"), "cpu")), "symmetry")(images[:1], PROMPTS)
 
 
 def post(url, body, kind):
@@ -152,9 +154,9 @@ def png(value, side=4):
 
 
 def test_the_server_speaks_json(serve):
-    url = serve(Host(entry(name="brightness"), "cpu"))
+    url = serve(EntryHost(entry(name="brightness"), "cpu"))
     with urllib.request.urlopen(url + "/") as response:
-        assert json.load(response) == {"label": "brightness", "differentiable": True, "abstains": False, "bounds": [0.0, 1.0]}
+        assert json.load(response) == asdict(About("brightness", True)) | {"bounds": [0.0, 1.0]}
     status, said = post(
         url + "/score", json.dumps({"prompts": ["a", "b"], "images": [png(51), png(255)]}).encode(), "application/json"
     )
@@ -165,11 +167,11 @@ def test_the_server_speaks_json(serve):
 @pytest.mark.parametrize(
     ("path", "body", "kind", "status", "words"),
     [
-        ("/score", {"prompts": ["a"], "images": []}, "application/json", 400, "must be as many"),
+        ("/score", {"prompts": ["a"], "images": []}, "application/json", 400, "one image for each prompt"),
         ("/score", {"prompts": ["a", "b"], "images": ["4", "8"]}, "application/json", 400, "4x4, 8x8 pixels"),
         ("/score", {"prompts": ["a"], "images": ["no picture"]}, "application/json", 400, "PNG in base64"),
         ("/score", {"images": ["4"]}, "application/json", 400, "KeyError: 'prompts'"),
-        ("/score", "no tensors", "application/octet-stream", 400, "no request for scores"),
+        ("/score", "no tensors", "application/octet-stream", 400, "not a request for scores"),
         ("/score", "a pickle", "application/x-pickle", 404, "allowed is /score"),
         ("/elsewhere", {}, "application/json", 404, "allowed is /score"),
     ],
@@ -177,26 +179,26 @@ def test_the_server_speaks_json(serve):
 def test_the_server_says_in_one_line_what_is_wrong(serve, path, body, kind, status, words):
     if isinstance(body, dict) and "images" in body:
         body["images"] = [png(0, int(size)) if size.isdecimal() else size for size in body["images"]]
-    got, said = post(serve(Host(entry(name="brightness"), "cpu")) + path, json.dumps(body).encode(), kind)
+    got, said = post(serve(EntryHost(entry(name="brightness"), "cpu")) + path, json.dumps(body).encode(), kind)
     assert got == status
     assert words in said["error"]
     assert "\n" not in said["error"]
 
 
 def test_a_server_that_is_none(serve, chat_server):
-    with pytest.raises(ValueError, match=r"^server 'http://127.0.0.1:9': does not answer as a server of rewards: "):
+    with pytest.raises(ValueError, match=r"^server 'http://127.0.0.1:9': does not answer as a reward server: "):
         Client("http://127.0.0.1:9", "brightness")
     with pytest.raises(ValueError, match="allowed is http://HOST:PORT"):
         Client("brightness.example", "brightness")
-    with pytest.raises(ValueError, match="does not answer as a server of rewards: Unsupported method"):
+    with pytest.raises(ValueError, match="does not answer as a reward server: Unsupported method"):
         Client(chat_server.url, "brightness")
-    url = serve(Host(entry(name="brightness"), "cpu"))
+    url = serve(EntryHost(entry(name="brightness"), "cpu"))
     with pytest.raises(ValueError, match=r"runs 'brightness', not 'symmetry'"):
         Client(url, "symmetry")
 
 
 def test_a_server_that_went_away(images):
-    serving = server(Host(entry(name="brightness"), "cpu"))
+    serving = server(EntryHost(entry(name="brightness"), "cpu"))
     threading.Thread(target=serving.serve_forever, args=[0.02], daemon=True).start()
     client = Client(f"http://127.0.0.1:{serving.server_port}", "brightness")
     serving.shutdown()
@@ -206,11 +208,11 @@ def test_a_server_that_went_away(images):
 
 
 def test_an_entry_names_its_server(serve, images):
-    url = serve(Host(entry(name="brightness"), "cpu"))
+    url = serve(EntryHost(entry(name="brightness"), "cpu"))
     entries = rewards.resolve([{"name": "brightness", "label": "there", "server": url, "weight": 2.0}])
     rewards.check(entries)
     mixture = rewards.build(entries)
-    assert mixture.differentiable
+    assert mixture.about.differentiable
     expected = rewards.build([{"name": "brightness"}])(images, PROMPTS).total
     assert torch.allclose(mixture(images, PROMPTS).parts["there"], expected)
     with pytest.raises(ValueError, match="does not answer"):
@@ -220,28 +222,28 @@ def test_an_entry_names_its_server(serve, images):
 def test_what_a_server_runs_need_not_be_known_here():
     (resolved,) = rewards.resolve([{"name": "hpsv3", "server": "http://gpu:8000"}])
     assert resolved["label"] == "hpsv3"
-    with pytest.raises(ValueError, match=r"rewards\[0\].weights is not known"):
+    with pytest.raises(ValueError, match=r"^rewards\.0\.weights: unknown key"):
         rewards.resolve([{"name": "hpsv3", "server": "http://gpu:8000", "weights": "x"}])
-    with pytest.raises(ValueError, match="env and server are two places"):
+    with pytest.raises(ValueError, match=r"^rewards\.0: env 'envs/x' and server 'http://gpu:8000': at most one"):
         rewards.resolve([{"name": "brightness", "server": "http://gpu:8000", "env": "envs/x"}])
 
 
 def test_an_environment_needs_someone_to_run_it():
     entries = rewards.resolve([{"name": "brightness", "env": "envs/x"}])
-    with pytest.raises(ValueError, match="brightness has env 'envs/x', and nothing here runs scorers in environments"):
+    with pytest.raises(ValueError, match="brightness has env 'envs/x', but this program runs no scorers in environments"):
         rewards.build(entries, "rewards.train")
     asked = []
 
-    def elsewhere(entry):
+    def isolated(entry):
         asked.append(entry["env"])
-        return Near(Host(entry, "cpu"))
+        return Near(EntryHost(entry, "cpu"))
 
-    assert rewards.build(entries, elsewhere=elsewhere).differentiable
+    assert rewards.build(entries, isolated=isolated).about.differentiable
     assert asked == ["envs/x"]
 
 
 def test_the_answer_holds_tensors_and_nothing_else(images):
-    answer = load(Host(entry(name="symmetry"), "cpu").answer(write_request(images, PROMPTS, gradient=True)))
+    answer = load(EntryHost(entry(name="symmetry"), "cpu").answer(write_request(images, PROMPTS, gradient=True)))
     assert {name: (list(value.shape), value.dtype) for name, value in answer.items()} == {
         "scores": ([2], torch.float32),
         "gradient": ([2, 3, 32, 32], torch.float32),

@@ -51,7 +51,7 @@ def test_a_child_scores_as_this_process_does(twin, images):
     here = rewards.build([{"name": "symmetry"}])
     entries = [entry(name="symmetry", env=twin)]
     check_rewards(entries)
-    there = rewards.build(entries, elsewhere=lambda one: Child(one, "cpu", 1))
+    there = rewards.build(entries, isolated=lambda one: Child(one, "cpu", 1))
     gradients = []
     for mixture in (here, there):
         leaf = images.clone().requires_grad_()
@@ -90,10 +90,10 @@ def fake_interpreter(folder: Path, says: str) -> str:
 @pytest.mark.parametrize(
     ("says", "words"),
     [
-        ("echo '[[3, 7], \"2.60.0\"]'", r"has Python 3\.7, where 3\.\d+ runs; both must be the same"),
+        ("echo '[[3, 7], \"2.60.0\"]'", r"has Python 3\.7, but this is 3\.\d+; both must be the same"),
         (
             f"echo '[[{sys.version_info[0]}, {sys.version_info[1]}], \"1.0\"]'",
-            r"has Ray 1\.0, where .* runs; both must be the same",
+            r"has Ray 1\.0, but this is .*; both must be the same",
         ),
         ("echo 'PackageNotFoundError: ray' >&2; exit 1", r"python has no Ray: PackageNotFoundError: ray"),
     ],
@@ -106,13 +106,13 @@ def test_an_environment_that_does_not_fit_is_refused(tmp_path, says, words):
 
 def test_an_environment_that_is_not_there():
     with pytest.raises(
-        ValueError, match=r"^env 'envs/none': there is no .*/envs/none/bin/python; make it with `odeon env build none`$"
+        ValueError, match=r"^env 'envs/none': no such file: .*/envs/none/bin/python; make it with `odeon env build none`$"
     ):
         check_rewards([entry(name="brightness", env="envs/none")])
 
 
 def test_what_the_scorer_lacks_is_found_there(twin, tmp_path):
-    with pytest.raises(ValueError, match=rf"^env '{twin}': weights '{tmp_path}/no': there is no such folder"):
+    with pytest.raises(ValueError, match=rf"^env '{twin}': weights '{tmp_path}/no': no such file or folder"):
         check_rewards([entry(name="clip_score", weights=f"{tmp_path}/no", env=twin)])
 
 
@@ -131,9 +131,9 @@ def test_an_environment_is_built_with_this_ray_and_torch(tmp_path, monkeypatch):
     assert commands[0] == [sys.executable, "-m", "venv", "envs/mine"]
     assert commands[1][-1] == f"torch=={torch.__version__.split('+')[0]}"
     assert commands[2][5:] == [commands[1][-1], "-r", "envs/mine.txt", f"ray=={isolation.version('ray')}", *isolation.NEEDED]
-    with pytest.raises(InputError, match=r"^envs/mine: is there already; remove it to build it again$"):
+    with pytest.raises(InputError, match=r"^envs/mine: already exists; remove it to build it again$"):
         build_environment("mine", None)
-    with pytest.raises(InputError, match=r"^envs/other.txt: there is no such file"):
+    with pytest.raises(InputError, match=r"^envs/other.txt: no such file"):
         build_environment("other", None)
     Path("old.txt").write_text("torch>=2.11  # its own\n")
     commands.clear()
@@ -163,7 +163,7 @@ def test_odeon_rewards_serve(twin):
     command = [sys.executable, "-m", "runtime.cli", "rewards", "serve", f"{{name: symmetry, env: {twin}}}", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
-        assert re.fullmatch(r"symmetry \(with gradient\) at http://127.0.0.1:\d+; ctrl-C ends it\n", line)
+        assert re.fullmatch(r"symmetry \(with gradient\) at http://127.0.0.1:\d+; Ctrl-C stops it\n", line)
         url = line.split()[-4].rstrip(";")
         rewards.check(rewards.resolve([{"name": "symmetry", "server": url}]))
         process.terminate()

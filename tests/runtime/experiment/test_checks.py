@@ -23,7 +23,7 @@ QUICKSTART = Path(__file__).parents[3] / "experiments" / "quickstart.yaml"
         ("lora.start_from=no/such/lora", "lora: LoRA 'no/such/lora': there is no"),
         ("rewards.heldout=[{name: clip_score, weights: no/such/clip}]", "no/such/clip"),
         ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyph-clip'}]", "did you mean 'glyphs-clip'"),
-        ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyphs'}]", "no config.json there"),
+        ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyphs'}]", "no config.json"),
         ("run.trackers=[wandb]", "run.trackers = 'wandb': the package wandb is not installed"),
         ("run.device=cuda:3", "run: device 'cuda:3': this torch sees no GPU here"),
         ("prompts.train=no/such.txt", "no/such.txt"),

@@ -25,8 +25,8 @@ def test_pictures_of_any_size_are_scored(grey, tmp_path):
     Image.new("RGBA", (32, 32), (255, 255, 255, 0)).save(tmp_path / "white.png")
     rows = score_files("brightness, {name: symmetry, label: mirror}", [grey, tmp_path / "white.png"], "a red circle", False)
     assert rows == [
-        {"picture": str(grey), "brightness": "0.2000", "mirror": "1.0000"},
-        {"picture": str(tmp_path / "white.png"), "brightness": "1.0000", "mirror": "1.0000"},
+        {"image": str(grey), "brightness": "0.2000", "mirror": "1.0000"},
+        {"image": str(tmp_path / "white.png"), "brightness": "1.0000", "mirror": "1.0000"},
     ]
 
 
@@ -44,11 +44,11 @@ def test_the_picture_is_read_channels_first(tmp_path):
     ("reward", "words"),
     [
         ("brightnes", "did you mean 'brightness'"),
-        ("{name", "is neither names nor"),
-        ("glyph_match", "glyph_match reads images"),
+        ("{name", "allowed: names or"),
+        ("glyph_match", "glyph_match needs images"),
         ("python:os.system", "runs only with --allow-code"),
         ("{name: clip_score, weights: no/such}", "no/such"),
-        ("brightness, brightness", "2 rewards are called 'brightness'"),
+        ("brightness, brightness", "2 rewards have the label 'brightness'"),
     ],
 )
 def test_a_reward_that_cannot_score_is_one_line(grey, reward, words):
@@ -61,7 +61,7 @@ def test_a_reward_that_cannot_score_is_one_line(grey, reward, words):
 def test_a_file_that_is_no_picture(tmp_path):
     (tmp_path / "words.png").write_text("words")
     for name in ("words.png", "missing.png"):
-        with pytest.raises(InputError, match=f"{name}: no picture that can be read"):
+        with pytest.raises(InputError, match=f"{name}: not a readable image"):
             score_files("brightness", [tmp_path / name], "x", False)
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffusion import Prompt, Scores
+from diffusion.types import About
 from generators import embedded
 from runtime.experiment.config import InputError, read_as
 from runtime.finished.compare import read_runs, summary
@@ -196,8 +197,7 @@ class FakeWorker:
 
 
 class Brightness:
-    label = "total"
-    differentiable = True
+    about = About("total", differentiable=True)
 
     def __call__(self, images, prompts):
         self.asked = list(prompts)

@@ -5,7 +5,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from rewards.parts.weights import hub_revision, is_on_hub, model_folder
+from inputs import hub_revision, is_on_hub
+from rewards.parts.files import model_folder
 
 
 def refused(weights) -> str:
@@ -20,14 +21,14 @@ def test_a_folder_is_itself(clip_folder):
 
 
 def test_folders_that_are_none(tmp_path):
-    assert "there is no such folder; allowed are a local folder or a hub id" in refused(tmp_path / "none")
-    assert "there is no such folder" in refused("clip")
-    assert "no config.json there" in refused(tmp_path)
+    assert "no such file or folder; allowed: a local one or a hub id owner/name" in refused(tmp_path / "none")
+    assert "no such file or folder" in refused("clip")
+    assert "not a transformers model folder (no config.json)" in refused(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
-    assert "model_type 'siglip', where 'clip' is needed" in refused(tmp_path)
+    assert "model_type in config.json is 'siglip'; allowed: 'clip'" in refused(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     (tmp_path / "pytorch_model.bin").touch()
-    assert "no .safetensors there" in refused(tmp_path)
+    assert "no .safetensors file" in refused(tmp_path)
 
 
 @pytest.fixture
