@@ -169,7 +169,7 @@ def suspicions_of(runs: Mapping[str, Lines]) -> list[str]:
     said = []
     for name, lines in runs.items():
         last = [line for line in lines if "heldout/total" in line][-1:]
-        said += [f"{name} looks like reward hacking: {suspicion}" for line in last for suspicion in line.get("hacking", ())]
+        said += [f"{name}: suspected reward hacking: {suspicion}" for line in last for suspicion in line.get("hacking", ())]
     return said
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from rewards.mixture import RewardError
+from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.statistics import heldout_metrics
 from runtime.evaluation.watch import suspicions, watch_metrics
 from runtime.experiment.config import WatchSection
-from runtime.roles.build import Evaluated
-from runtime.run.loop import heldout_metrics
 
 ALIKE = torch.ones(1)
 NOTHING = torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
@@ -82,5 +82,5 @@ def test_what_has_no_score_on_either_side_counts_on_neither():
     assert watch_metrics(result, teacher, {"total"}) == {"watch/diversity": 0.0}
     one = Evaluated({"total": torch.tensor([2.0, 3.0, nan, nan])}, ALIKE, NOTHING, 0)
     assert "heldout/total_se" not in heldout_metrics(one, one)
-    with pytest.raises(RewardError, match="no held-out picture has a score"):
+    with pytest.raises(RewardError, match="no held-out image has a score"):
         heldout_metrics(result, Evaluated({**teacher.scores, "total": torch.full((6,), nan)}, ALIKE, NOTHING, 0))

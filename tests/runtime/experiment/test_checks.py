@@ -9,7 +9,8 @@ from diffusion import Prompt
 from generators import embedded, load, weights_hash
 from generators.export import export_diffusers
 from runtime.experiment.checks import check_inputs, digest, files_of, shape_of_adapter
-from runtime.experiment.config import InputError, read_experiment
+from runtime.experiment.config import InputError
+from runtime.experiment.yaml import read_experiment
 
 QUICKSTART = Path(__file__).parents[3] / "experiments" / "quickstart.yaml"
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runtime.experiment.config import Experiment, InputError, read_experiment, validated, write_experiment
+from runtime.experiment.config import Experiment, InputError
+from runtime.experiment.yaml import read_experiment, validated, write_experiment
 
 QUICKSTART = Path(__file__).parents[3] / "experiments" / "quickstart.yaml"
 
@@ -81,7 +82,7 @@ def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(tmp_pa
 
 
 def test_spread_weights_need_a_spread():
-    with pytest.raises(InputError, match=r"objective\.spread_weights = True: has nothing to weigh by"):
+    with pytest.raises(InputError, match=r"objective\.spread_weights = True: normalize_then_sum leaves no spread"):
         read_experiment(QUICKSTART, ["rewards.multi_objective_aggregation=normalize_then_sum"])
 
 

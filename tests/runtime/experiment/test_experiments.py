@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 
 from generators.load import EMBEDDED
 from runtime.experiment.checks import check_inputs, shape_of_adapter
-from runtime.experiment.config import read_experiment
-from runtime.run.launch import plan
+from runtime.experiment.yaml import read_experiment
+from runtime.run.plan import plan_text
 
 EXPERIMENTS = sorted(
     path for path in (Path(__file__).parents[3] / "experiments").glob("*.yaml") if path.stem != "prompt_policy"
@@ -77,7 +77,7 @@ def test_an_experiment_on_the_glyph_world_is_sound(path):
     train, _, generator = check_inputs(experiment, "ray")
     assert experiment.name == path.stem
     assert len(train) > 100
-    assert "network evaluations" in plan(experiment, "ray", generator)
+    assert "network evaluations" in plan_text(experiment, "ray", generator)
 
 
 @pytest.mark.parametrize("path", SD35, ids=lambda path: path.stem)
@@ -99,4 +99,4 @@ def test_an_experiment_on_sd35_is_sound(path, sd35_medium, tmp_path):
     rank, layers = shape_of_adapter(experiment, generator)
     assert rank == 32
     assert len(layers) == 24 * 8 - 1 + 13 * 4, "joint attention, without the last context output, and the image-only one"
-    assert "at most 1,600 network evaluations without gradient" in plan(experiment, "inline", generator)
+    assert "at most 1,600 network evaluations without gradient" in plan_text(experiment, "inline", generator)

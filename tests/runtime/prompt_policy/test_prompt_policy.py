@@ -16,10 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from diffusion import Prompt, Scores
 from diffusion.types import About
 from generators import embedded
-from runtime.experiment.config import InputError, read_as
+from runtime.experiment.config import InputError
+from runtime.experiment.yaml import read_as
 from runtime.finished.compare import read_runs, summary
 from runtime.finished.verbs import read_run
-from runtime.prompt_policy.run import Judge, PromptPolicy, Rewriting, Run, greedy, train_prompt_policy, trl_checkpoints
+from runtime.prompt_policy.config import PromptPolicy
+from runtime.prompt_policy.judge import Judge, Rewriting
+from runtime.prompt_policy.run import Run, train_prompt_policy
+from runtime.prompt_policy.trainer import greedy, trl_checkpoints
 from runtime.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[3]

@@ -1,13 +1,14 @@
-"""Rewards that fail now and then, in whole runs: what `on_error` makes of them, and what they say beside their scores."""
+"""Rewards that fail sometimes, in whole runs: the effect of `on_error`, and their values beside the score."""
 
 import pytest
 import torch
 
+from diffusion import Scores
 from rewards.mixture import RewardError
-from runtime.executors.inline import Batch, InlineExecutor
-from runtime.executors.ray.executor import joined_batch
-from runtime.experiment.config import read_experiment
-from runtime.run.loop import reward_metrics
+from runtime.evaluation.statistics import reward_metrics
+from runtime.executors.inline import InlineExecutor
+from runtime.executors.messages import Batch, joined
+from runtime.experiment.yaml import read_experiment
 from tests.runtime.run.test_run import QUICKSTART, SMALL, go
 
 REWARD = """
@@ -37,14 +38,14 @@ def test_a_failing_reward_ends_the_run(failing, tmp_path):
         go(failing("a ", "fail"), tmp_path / "run")
 
 
-def test_groups_without_scores_are_left_out(failing, tmp_path):
+def test_groups_without_scores_are_excluded(failing, tmp_path):
     experiment = failing("left", "drop_group")
     updates = []
 
     class Watched(InlineExecutor):
-        def update(self, step, batch):
-            updates.append(batch.payload[0].scores.total)
-            return super().update(step, batch)
+        def update(self, step, batch, credit):
+            updates.append(batch.scores.total)
+            return super().update(step, batch, credit)
 
     folder, _ = go(experiment, tmp_path / "run", Watched(experiment))
     (line,) = folder.metrics()
@@ -60,22 +61,27 @@ def test_groups_without_scores_are_left_out(failing, tmp_path):
 
 
 def test_a_step_without_any_score_ends_the_run(failing, tmp_path):
-    with pytest.raises(RewardError, match=r"no held-out picture has a score|no group of this step has all its scores"):
+    with pytest.raises(RewardError, match=r"no held-out image has a score|no group of this step has all its scores"):
         go(failing("a ", "drop_group"), tmp_path / "run")
 
 
-def batch(total, extra):
-    return Batch({"total": torch.tensor(total)}, {k: torch.tensor(v) for k, v in extra.items()}, 0, {"rollout": 0.0}, None)
+def scores(total, extra):
+    return Scores(torch.tensor(total), {}, {name: torch.tensor(values) for name, values in extra.items()})
 
 
-def test_means_are_of_what_is_known():
+def test_means_are_over_the_known_values():
     nan = torch.nan
-    line = reward_metrics(batch([1.0, 3.0, nan, 5.0, 2.0, 2.0], {"length": [4.0, nan], "nothing": [nan]}), group_size=2)
+    line = reward_metrics(scores([1.0, 3.0, nan, 5.0, 2.0, 2.0], {"length": [4.0, nan], "nothing": [nan]}), group_size=2)
     assert line == {"reward/total": pytest.approx(13 / 5), "reward/std": pytest.approx(2**0.5 / 2), "extra/length": 4.0}
     with pytest.raises(RewardError, match="no group of this step"):
-        reward_metrics(batch([1.0, nan, nan, 5.0], {}), group_size=2)
+        reward_metrics(scores([1.0, nan, nan, 5.0], {}), group_size=2)
 
 
-def test_extra_figures_are_joined_whoever_has_them():
-    joined = joined_batch([batch([1.0], {"a": [1.0]}), batch([2.0], {"b": [2.0], "a": [3.0]})], [None, None])
-    assert {name: values.tolist() for name, values in joined.extra.items()} == {"a": [1.0, 3.0], "b": [2.0]}
+def test_batches_of_several_workers_join():
+    def part(total, extra):
+        return Batch(scores(total, extra), 4, 10, {"rollout": total[0], "reward": 1.0}, None)
+
+    both = joined([part([1.0], {"a": [1.0]}), part([2.0], {"b": [2.0], "a": [3.0]})], "payload")
+    assert {name: values.tolist() for name, values in both.scores.extra.items()} == {"a": [1.0, 3.0], "b": [2.0]}
+    assert both.scores.total.tolist() == [1, 2]
+    assert (both.nfe, both.version, both.seconds["rollout"], both.payload) == (20, 4, 2.0, "payload")

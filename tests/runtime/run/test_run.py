@@ -11,9 +11,9 @@ from PIL import Image
 
 from rollouts.prompts import read_prompts
 from runtime.executors.inline import InlineExecutor
-from runtime.experiment.config import InputError, read_experiment
-from runtime.finished.verbs import draw_one, evaluate_run
-from runtime.roles.build import rows_of_a_call
+from runtime.experiment.config import InputError
+from runtime.experiment.yaml import read_experiment
+from runtime.finished.verbs import evaluate_run, sample_one
 from runtime.run.folder import RunFolder
 from runtime.run.loop import run
 
@@ -118,7 +118,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", ["sample", "save", "update"])
+@pytest.mark.parametrize("moment", ["request", "save", "update"])
 def test_a_run_cut_anywhere_continues_bit_for_bit(whole, tmp_path, moment, monkeypatch):
     calls = []
 
@@ -159,11 +159,11 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(whole, tmp_path):
     assert json.loads((folder.checkpoints()[2] / "state.json").read_text())["step"] == 2
 
 
-def test_guidance_and_a_moving_average_run_and_resume(tmp_path):
+def test_guidance_and_an_ema_run_and_resume(tmp_path):
     experiment = small("generator.guidance=2.0", "optimizer.ema=0.9", "run.steps=2")
     folder, _ = go(experiment, tmp_path / "run")
     assert [line["nfe/rollout"] for line in folder.metrics()] == [48, 96]
-    assert {path.name for path in folder.checkpoints()[2].iterdir()} >= {"policy.safetensors", "average.safetensors"}
+    assert {path.name for path in folder.checkpoints()[2].iterdir()} >= {"policy.safetensors", "ema.safetensors"}
     longer = small("generator.guidance=2.0", "optimizer.ema=0.9", "run.steps=3")
     folder, _ = go(longer, tmp_path / "run")
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3]
@@ -213,7 +213,7 @@ def test_the_teacher_is_evaluated_once_in_the_life_of_a_run(tmp_path, monkeypatc
     monkeypatch.setattr(InlineExecutor, "evaluate", evaluate)
     go(small("run.steps=2"), tmp_path / "run")
     folder, _ = go(small("run.steps=4"), tmp_path / "run")
-    assert asked == [None, "average", "average"]
+    assert asked == [None, "ema", "ema"]
     lines = [line for line in folder.metrics() if "heldout/total" in line]
     assert [line["nfe/teacher"] for line in lines] == [36, 54]  # 3 prompts, 2 pictures, 3 steps
     assert lines[0]["heldout/base/glyph_match"] == lines[1]["heldout/base/glyph_match"]
@@ -231,7 +231,7 @@ def test_tensorboard_has_a_rewound_step_once(tmp_path, monkeypatch):
 
 
 def test_a_run_is_drawn_from_and_evaluated_with_fewer_steps_than_were_trained(whole, tmp_path):
-    draw_one(whole.path, "a red circle", 3, 1, False, tmp_path / "new" / "one.png")
+    sample_one(whole.path, "a red circle", 3, 1, False, tmp_path / "new" / "one.png")
     assert Image.open(tmp_path / "new" / "one.png").size == (32, 32)
     rewards = ["glyph_match, brightness", "{name: clip_score, label: again, weights: embedded:glyphs-clip}"]
     rows = evaluate_run(whole.path, None, rewards, 1, "euler")
@@ -279,7 +279,7 @@ def test_code_named_in_an_experiment_runs_only_when_allowed(whole, tmp_path):
 
 def test_a_run_stops_at_the_last_evaluation_that_looked_good(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("runtime.run.loop.suspicions", lambda *_: ["it cheats"] if told else [])
+    monkeypatch.setattr("runtime.evaluation.heldout.suspicions", lambda *_: ["it cheats"] if told else [])
 
     def show(line):
         told.extend([line["step"]] * ("heldout/total" in line))
@@ -290,7 +290,7 @@ def test_a_run_stops_at_the_last_evaluation_that_looked_good(tmp_path, monkeypat
     assert told == [2, 4]
     assert list(folder.checkpoints()) == [2]
     assert folder.metrics()[-1]["hacking"] == ["it cheats"]
-    assert "quickstart looks like reward hacking: it cheats" in (folder.path / "report.html").read_text()
+    assert "quickstart: suspected reward hacking: it cheats" in (folder.path / "report.html").read_text()
 
 
 def test_rewards_may_be_standardised_before_they_are_summed(tmp_path):
@@ -319,15 +319,8 @@ def test_groups_are_split_where_micro_batches_end():
     ("gpus", "processes", "share"), [(0, 2, 0), (1, 1, 1), (3, 3, 1), (8, 2, 1), (2, 3, 0.5), (8, 9, 0.5), (1, 6, 0.1666)]
 )
 def test_a_processs_share_fits_on_one_gpu(monkeypatch, gpus, processes, share):
-    from runtime.executors.ray import executor as remote
+    from runtime.executors.ray import cluster
 
-    monkeypatch.setattr(remote.ray, "cluster_resources", lambda: {"GPU": gpus} if gpus else {})
-    assert remote.gpus_of_a_process("auto", processes) == share
-    assert remote.gpus_of_a_process("cpu", processes) == 0
-
-
-@pytest.mark.parametrize(
-    ("group", "most", "rows"), [(12, 64, 60), (12, 12, 12), (12, 5, 4), (12, 1, 1), (2, 64, 64), (7, 6, 1)]
-)
-def test_micro_batches_never_cut_a_group_unevenly(group, most, rows):
-    assert rows_of_a_call(group, most) == rows
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"GPU": gpus} if gpus else {})
+    assert cluster.gpus_of_a_process("auto", processes) == share
+    assert cluster.gpus_of_a_process("cpu", processes) == 0

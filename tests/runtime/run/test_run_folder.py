@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runtime.experiment.config import InputError, read_experiment
+from runtime.experiment.config import InputError
+from runtime.experiment.yaml import read_experiment
 from runtime.run.folder import RunFolder
 
 QUICKSTART = Path(__file__).parents[3] / "experiments" / "quickstart.yaml"
