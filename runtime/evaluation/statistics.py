@@ -48,16 +48,15 @@ def means_of_known(prefix: str, values: Mapping[str, Tensor]) -> dict[str, float
 def reward_metrics(scores: Scores, group_size: int) -> dict[str, float]:
     """Means over the step's images that have a score, and the mean standard deviation inside a group whose images all have one.
 
-    Raises RewardError where no group does: this step would learn nothing, nor would the next.
+    Groups of one image have no deviation. Raises RewardError where no group has all its scores: this step would learn nothing,
+    nor would the next.
     """
-    stds = scores.total.view(-1, group_size).std(dim=1)
-    if stds.isnan().all():
+    groups = scores.total.view(-1, group_size)
+    complete = groups[~groups.isnan().any(dim=1)]
+    if len(complete) == 0:
         raise RewardError("no group of this step has all its scores; see the rewards' messages above, or in Ray's logs")
-    return {
-        **means_of_known("reward", {"total": scores.total, **scores.parts}),
-        **means_of_known("extra", scores.extra),
-        "reward/std": stds.nanmean().item(),
-    }
+    line = means_of_known("reward", {"total": scores.total, **scores.parts}) | means_of_known("extra", scores.extra)
+    return line if group_size == 1 else line | {"reward/std": complete.std(dim=1).mean().item()}
 
 
 def heldout_metrics(result: Evaluated, teacher: Evaluated) -> dict[str, float]:

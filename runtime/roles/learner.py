@@ -100,7 +100,8 @@ class Learner:
                 result = loss(name, rows, tools)
                 self.memory.enter("backward")
                 weight = len(rows) / total / self.players[name].optimizer.accumulation if counted else 0.0
-                (result.value * weight).backward()
+                # Into this player alone: a policy's loss also passes through its critic, whose gradient must not grow by it.
+                (result.value * weight).backward(inputs=list(self.players[name].parameters.values()))
                 if counted:
                     gathered.append((self._key(name, "loss"), len(rows), result.value.detach()))
                     gathered += [(key, result.known.get(key, len(rows)), value) for key, value in result.metrics.items()]

@@ -144,6 +144,17 @@ def test_players_report_under_their_own_names_and_move_alone():
     assert metrics["adapter_norm"] == pytest.approx(0.9 * 2**0.5), "of the first player"
 
 
+def test_no_gradient_crosses_from_one_player_to_another():
+    one = learner(others=["critic"], grad_clip=1e9)
+
+    def loss(player, items, tools):
+        return Loss(one.players["policy"].parameters["w"].sum() * one.players["critic"].parameters["w"].sum())
+
+    update(one, turns=[("policy", ROWS)], loss=loss)
+    assert one.players["critic"].parameters["w"].grad is None
+    assert value(one, "critic") == [1, 1]
+
+
 def test_a_players_settings_are_its_own():
     players = {
         "policy": Player({"w": weight()}, AdamWSection(lr=0.1, weight_decay=0)),
