@@ -18,9 +18,9 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from align.direct import Rows, judged, rollout_with_gradient
+from align.direct import DirectRows, judged, rollout_with_gradient
 from align.drtune import equally_spaced
-from diffusion import SOLVERS, Prompt, Sampling, Scores, sample_noise
+from diffusion import SOLVERS, Prompt, Scores, Tools, sample_noise
 from generators import load
 from rewards.scorers.symmetry import Symmetry
 
@@ -67,19 +67,26 @@ def main() -> None:
     def update(steps: int, method: str) -> Callable[[], None]:
         drtune = method == "drtune"
         trained = tuple(sorted(steps - t for t in equally_spaced(1, K, steps))) if drtune else range(steps)
-        rows = Rows(noise, condition, prompts, trained, steps - 1)
-        sampling = Sampling(SOLVERS["euler"], generator.time_grid(steps, even=True), judge)
+        rows = DirectRows(noise, condition, prompts, trained, steps - 1)
+        tools = Tools(
+            predict=generator,
+            path=generator.path,
+            solver=SOLVERS["euler"],
+            grid=generator.time_grid(steps, even=True),
+            judge=judge,
+            codec=generator,
+            rng=torch.Generator(),
+        )
 
         def run() -> None:
             clean = rollout_with_gradient(
                 lambda x, t: generator(x, t, condition, "policy"),
                 rows,
-                sampling,
-                generator.path,
+                tools,
                 detach_input=drtune,
                 recompute=method == "recomputed",
             )
-            judged(clean, rows, sampling, None).value.backward()
+            judged(clean, rows, tools, None).value.backward()
 
         return run
 

@@ -37,11 +37,11 @@ import torch
 from torch import Tensor
 
 from diffusion.types import Condition
-from rollouts.prompts import prompts_of_step, read_prompts
-from rollouts.worker import seed_groups
+from rollouts.prompts import read_prompts
+from runtime.evaluation.heldout import heldout_groups
 from runtime.executors.inline import InlineExecutor
 from runtime.experiment.config import Experiment
-from runtime.run.loop import heldout_groups
+from runtime.run.loop import work_of_step
 
 METHODS: dict[str, dict[str, Any]] = {
     "drtune": {"algorithm": "drtune", "train_steps": 3, "early_stop": 0.4},
@@ -133,14 +133,14 @@ def run(reward: str, method: str, seed: int, given: argparse.Namespace) -> Run:
         return {label: scores.mean().item() for label, scores in executor.evaluate(groups, adapter).scores.items()}
 
     curve = [Point(0, 0.0, heldout_means(None)["total"])]
-    spent, updates, after_updates, matched, late_alone = 0.0, 0, 0.0, 0.0, None
+    spent, nfe, updates, after_updates, matched, late_alone = 0.0, 0, 0, 0.0, 0.0, None
     for step in count(1):
         started = time.perf_counter()
-        prompts = prompts_of_step(train, step, described.rollouts.groups_per_step, seed)
-        executor.update(step, executor.sample(seed_groups(prompts, 1, seed, step), version=step - 1))
+        executor.request(work_of_step(described, executor.trainer.objective, train, step))
+        update = executor.update(step, executor.take(step), credit=None)
         executor.publish(step)
         spent += time.perf_counter() - started
-        nfe = sum(executor.network_evaluations())
+        nfe += update.with_gradient + update.without
         if step == given.updates:
             after_updates = heldout_means("policy")["total"]
         if len(curve) <= POINTS and nfe >= len(curve) * given.budget / POINTS:

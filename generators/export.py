@@ -64,7 +64,7 @@ def verify(generator: PipelineGenerator, name: str, path: Path) -> None:
         stock.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
     finally:
         logging.set_verbosity(level)
-    network = getattr(stock, generator.family.network)
+    network = getattr(stock, generator.network_name)
     trained = generator.adapters.named_parameters(name)
     loaded = get_peft_model_state_dict(network, adapter_name=name)
     same = loaded.keys() == trained.keys() and all(loaded[key].equal(trained[key].to(loaded[key].dtype)) for key in trained)
@@ -89,6 +89,6 @@ def stock_pipeline(generator: PipelineGenerator) -> Any:
     with torch.device("meta"):
         network = type(adapted).from_config(adapted.config)
     network.load_state_dict(shared, assign=True)
-    pipeline = type(generator.pipeline)(**{**generator.pipeline.components, generator.family.network: network.eval()})
+    pipeline = type(generator.pipeline)(**{**generator.pipeline.components, generator.network_name: network.eval()})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

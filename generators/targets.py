@@ -5,11 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from generators.families import FAMILIES
 from inputs import nearest
-
-SHORT_NAMES = {family.name: family.short_names for family in FAMILIES.values()}
-"""{family: {short name: pattern of layer names}}"""
 
 
 def match(targets: str | Sequence[str], linear: Collection[str], short_names: Mapping[str, str]) -> tuple[str, ...]:

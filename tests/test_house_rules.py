@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 MIDDLE = {"align", "distill", "rollouts", "rewards", "generators"}
 LEAVES = {"diffusion", "inputs", "worlds"}
 MAY_IMPORT = {
-    **{room: set() for room in LEAVES},
+    "inputs": set(),
+    "diffusion": set(),
+    "worlds": {"inputs"},
     **dict.fromkeys(MIDDLE, LEAVES),
     "runtime": LEAVES | MIDDLE,
 }
@@ -69,6 +72,26 @@ def luxuries(path: Path, source: str) -> set[str]:
     return tops - LIBRARIES[room] if room in LIBRARIES else set()
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def graph(files: dict[str, str]) -> dict[str, set[str]]:
+    """{module: modules it imports, wherever in it, for types too}. files: {module: source}."""
+    edges = {}
+    for module, source in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if name in files else str(node.module) for name in names}
+        edges[module] = (found & files.keys()) - {module}
+    return edges
+
+
 def test_every_room_is_there():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(MAY_IMPORT)
 
@@ -93,3 +116,37 @@ def test_the_rules_catch_a_breach():
     assert strangers(ROOT / "runtime/run/loop.py", "from importlib import import_module\nimport_module('ray.util')") == {"ray"}
     assert luxuries(ROOT / "diffusion/x.py", "import json\nimport numpy as np") == {"numpy"}
     assert luxuries(ROOT / "worlds/glyphs/x.py", "from transformers import CLIPModel") == {"transformers"}
+
+
+def test_no_module_imports_itself_through_others():
+    modules = graph({module_of(path): path.read_text() for path in FILES})
+    try:
+        TopologicalSorter(modules).prepare()
+    except CycleError as error:
+        pytest.fail(f"import circle: {' <- '.join(error.args[1])}")
+
+
+def test_a_circle_is_found_also_behind_a_function_and_for_types():
+    late = "def f():\n    from rewards import build"
+    typed = "if TYPE_CHECKING:\n    from rewards.names import Entry"
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph({"rewards.names": late, "rewards.build": typed})).prepare()
+
+
+MOST_LINES = 350
+MOST_FILES = 12
+ONE_FILE_EACH = {"rewards/scorers": "one file for each reward"}
+"""Folders that may hold more files than others, and why."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_are_short_enough_to_read_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_folders_hold_few_files_and_say_what(folder):
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert docstring, f"{folder.relative_to(ROOT)}/__init__.py says what the folder holds"
+    if folder.relative_to(ROOT).as_posix() not in ONE_FILE_EACH:
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_FILES

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffusion.protocols import Generator
-from generators.families.family import Family
 from generators.lora import Adapters
 
 
@@ -16,7 +15,9 @@ class PipelineGenerator(Generator, Protocol):
     """A generator over a frozen diffusers pipeline."""
 
     @property
-    def family(self) -> Family: ...
+    def network_name(self) -> str:
+        """The pipeline's component that predicts and carries the adapters."""
+        ...
 
     @property
     def pipeline(self) -> Any:

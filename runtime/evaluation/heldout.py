@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion import Group, Prompt
 from rollouts.worker import seed_groups
-from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.statistics import IMAGES_PER_PROMPT, heldout_metrics
 from runtime.evaluation.watch import suspicions, watch_metrics
 from runtime.experiment.config import Task

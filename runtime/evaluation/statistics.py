@@ -6,16 +6,13 @@ Axes: B samples, P held-out prompts of IMAGES_PER_PROMPT images each, M groups o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffusion import Scores
 from rewards.mixture import RewardError
-
-if TYPE_CHECKING:
-    from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 
 IMAGES_PER_PROMPT = 2
 """Held-out images of one prompt: two, so that there is a distance between them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusion import Group
-from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 from runtime.executors.messages import Batch, Work, joined, summary_of
 from runtime.experiment.config import Experiment
 from runtime.roles.sampler import Sampler

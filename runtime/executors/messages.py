@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from diffusion import Group, Plan, Scores
-from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 from runtime.roles.sampler import Sampled
 from runtime.roles.trainer import Update
 

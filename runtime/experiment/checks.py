@@ -13,15 +13,15 @@ import torch
 
 from diffusion import Prompt, adapter_names, players_of
 from generators import download, outline
+from generators.families import FAMILIES
 from generators.lora_file import read_lora
 from generators.outline import Outline
-from generators.targets import SHORT_NAMES, match
+from generators.targets import match
 from inputs import hub_revision, is_on_hub, nearest
 from rewards import CODE, REWARDS, check_prompts, differentiable, is_code, scorer
 from rollouts.prompts import read_prompts
 from runtime.executors.isolation import check_rewards, packages_hash
-from runtime.experiment.algorithms import new_objective
-from runtime.experiment.config import Experiment, InputError, Task
+from runtime.experiment.config import Experiment, InputError, Task, new_objective
 from runtime.run.tracking import check_trackers
 
 PLACES = ("weights", "head", "tokenizer", "med_config")
@@ -93,7 +93,7 @@ def shape_of_adapter(experiment: Experiment, generator: Outline) -> tuple[int, t
     if lora.start_from is not None:
         file = read_lora(Path(lora.start_from), generator.linear)
         return file.rank, file.modules
-    return lora.rank, match(lora.targets, generator.linear, SHORT_NAMES[experiment.generator.family])
+    return lora.rank, match(lora.targets, generator.linear, FAMILIES[experiment.generator.family].short_names)
 
 
 def _warn(task: Task, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:

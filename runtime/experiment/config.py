@@ -9,9 +9,10 @@ from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
-from diffusion import SOLVERS, RunSettings
+from diffusion import SOLVERS, Objective, RunSettings
 from generators.families import FAMILIES
 from generators.load import DTYPES
 from inputs import one_of
@@ -218,3 +219,10 @@ class Experiment(Task):
         standardized = self.rewards.multi_objective_aggregation == "normalize_then_sum"
         self.objective.check(RunSettings(self.rollouts.steps, standardized, self.rollouts.staleness))
         return self
+
+
+def new_objective(experiment: Experiment) -> Objective:
+    """The experiment's objective; its networks' first values depend on the experiment's seed alone, in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        return ALGORITHMS[experiment.objective.algorithm](experiment.objective)

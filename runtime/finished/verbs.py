@@ -16,8 +16,7 @@ from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.heldout import heldout_groups
 from runtime.evaluation.statistics import heldout_metrics
 from runtime.executors.isolation import check_rewards
-from runtime.experiment.algorithms import new_objective
-from runtime.experiment.config import Experiment, InputError, RolloutsSection
+from runtime.experiment.config import Experiment, InputError, RolloutsSection, new_objective
 from runtime.experiment.yaml import read_experiment, validated
 from runtime.finished.catalogue import named_rewards
 from runtime.roles.build import evaluated_adapter, new_generator_with_adapters, new_worker, resolve_embedded

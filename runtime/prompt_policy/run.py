@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion import Group, Prompt
-from runtime.evaluation.evaluator import Evaluated, Evaluator
+from runtime.evaluation.evaluated import Evaluated
+from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.heldout import baseline, evaluation_metrics, heldout_groups, save_samples
 from runtime.evaluation.statistics import means_of_known, reward_metrics
 from runtime.experiment.yaml import read_as

@@ -12,9 +12,9 @@ from diffusion import Generator, Group, Plan, Rollout, Scores
 from generators.adapter_weights import AdapterWeights
 from rewards import Isolated
 from rollouts.worker import micro_batch_rows
-from runtime.evaluation.evaluator import Evaluated, Evaluator
-from runtime.experiment.algorithms import new_objective
-from runtime.experiment.config import Experiment
+from runtime.evaluation.evaluated import Evaluated
+from runtime.evaluation.evaluator import Evaluator
+from runtime.experiment.config import Experiment, new_objective
 from runtime.roles.build import new_generator_with_adapters, new_worker
 from runtime.roles.scoring import score_in_batches
 

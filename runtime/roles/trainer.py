@@ -25,8 +25,7 @@ from diffusion import (
 from generators.adapter_weights import AdapterWeights
 from rewards import Isolated
 from rewards.mixture import RewardError
-from runtime.experiment.algorithms import new_objective
-from runtime.experiment.config import Experiment
+from runtime.experiment.config import Experiment, new_objective
 from runtime.roles.build import (
     micro_batch,
     new_generator_with_adapters,

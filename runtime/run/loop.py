@@ -19,12 +19,11 @@ from diffusion import Group, Objective, Prompt, Scores
 from rewards.mixture import normalized_then_summed
 from rollouts.prompts import prompts_of_step
 from rollouts.worker import seed_groups
-from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.heldout import baseline, evaluation_metrics, heldout_groups, save_samples
 from runtime.evaluation.statistics import reward_metrics
 from runtime.executors.messages import Executor, Work
-from runtime.experiment.algorithms import new_objective
-from runtime.experiment.config import Experiment, RewardsSection
+from runtime.experiment.config import Experiment, RewardsSection, new_objective
 from runtime.roles.build import evaluated_adapter
 from runtime.run.folder import RunFolder
 from runtime.run.log import RunLog

@@ -8,9 +8,8 @@ import yaml
 from diffusion import SOLVERS, evaluations, guidance_evaluations
 from generators import resolve
 from generators.outline import Outline
-from runtime.experiment.algorithms import new_objective
 from runtime.experiment.checks import shape_of_adapter
-from runtime.experiment.config import Experiment
+from runtime.experiment.config import Experiment, new_objective
 from runtime.roles.build import roles_of_adapters
 
 OTHERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")

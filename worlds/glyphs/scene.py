@@ -10,10 +10,11 @@ colour and a glyph that it has only seen in other pairs.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import numpy as np
+
+from inputs import nearest
 
 COLORS = {
     "red": (0.90, 0.15, 0.15),
@@ -87,7 +88,7 @@ def parse(text: str) -> Scene:
             if words:
                 raise ValueError(f"caption {text!r}: {' '.join(words)!r} after the second thing")
             return Scene((first, second), relation)
-    raise ValueError(f"caption {text!r}: unknown place {rest!r}{_nearest(rest, PLACES + RELATIONS)}")
+    raise ValueError(f"caption {text!r}: unknown place {rest!r}{nearest(rest, PLACES + RELATIONS)}")
 
 
 def _parse_thing(words: list[str], text: str) -> tuple[Thing, list[str]]:
@@ -95,13 +96,8 @@ def _parse_thing(words: list[str], text: str) -> tuple[Thing, list[str]]:
         raise ValueError(f"caption {text!r}: {' '.join(words)!r} in place of 'a COLOUR GLYPH'")
     for word, allowed in ((words[1], tuple(COLORS)), (words[2], GLYPHS)):
         if word not in allowed:
-            raise ValueError(f"caption {text!r}: unknown word {word!r}{_nearest(word, allowed)}")
+            raise ValueError(f"caption {text!r}: unknown word {word!r}{nearest(word, allowed)}")
     return Thing(words[1], words[2]), words[3:]
-
-
-def _nearest(word: str, allowed: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (allowed: {', '.join(allowed)})"
 
 
 def random_scene(rng: np.random.Generator, heldout: bool = False) -> Scene:

@@ -12,24 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from generators.families.family import Configs, Family, Geometry, check_shift
+from generators.families.family import Family, check_shift
+from generators.families.sd3.facts import NETWORK, SHORT_NAMES, T5, geometry
 
 if TYPE_CHECKING:
     from generators.families.generator import PipelineGenerator
-
-_FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
-
-
-def _geometry(configs: Configs) -> Geometry:
-    network = configs["transformer"]
-    factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    return Geometry(
-        channels=network["in_channels"],
-        factor=factor,
-        patch=network["patch_size"],
-        default=factor * network["sample_size"],
-        limit=factor * network["patch_size"] * network["pos_embed_max_size"],  # the positional embedding ends there
-    )
 
 
 def _load(folder: Path, **options: Any) -> PipelineGenerator:
@@ -41,19 +28,14 @@ def _load(folder: Path, **options: Any) -> PipelineGenerator:
 SD3 = Family(
     name="sd3",
     pipeline="StableDiffusion3Pipeline",
-    network="transformer",
-    short_names={
-        "attn": r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",  # attn2: image-only attention of SD3.5 medium
-        "ff": _FEED_FORWARD,
-        "mlp": _FEED_FORWARD,
-        "all-linear": ".*",
-    },
+    network=NETWORK,
+    short_names=SHORT_NAMES,
     keys={
-        "transformer": ("patch_size", "pos_embed_max_size", "sample_size", "in_channels"),
+        NETWORK: ("patch_size", "pos_embed_max_size", "sample_size", "in_channels"),
         "vae": ("block_out_channels",),
     },
-    geometry=_geometry,
+    geometry=geometry,
     check_grid=check_shift,
     load=_load,
-    optional={"t5": ("text_encoder_3", "tokenizer_3")},
+    optional={"t5": T5},
 )

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import Condition, RectifiedFlow, time_grid
-from generators.families.sd3 import SD3
+from generators.families.family import check_shift
+from generators.families.sd3.facts import NETWORK, SHORT_NAMES, T5, geometry
 from generators.lora import Adapters
 
 T5_TOKENS = 256
@@ -36,7 +37,7 @@ CACHED_PROMPTS = 1024
 class SD3Generator:
     """A frozen SD3 pipeline under named adapters. Implements `PipelineGenerator`."""
 
-    family = SD3
+    network_name = NETWORK
     path = RectifiedFlow()
 
     def __init__(
@@ -63,8 +64,8 @@ class SD3Generator:
                 network.requires_grad_(False).eval()
         self.pipeline = pipeline
         self.transformer = pipeline.transformer
-        self.adapters = Adapters(self.transformer, SD3.short_names)
-        self.geometry = SD3.geometry({"transformer": self.transformer.config, "vae": pipeline.vae.config})
+        self.adapters = Adapters(self.transformer, SHORT_NAMES)
+        self.geometry = geometry({NETWORK: self.transformer.config, "vae": pipeline.vae.config})
         self.device: torch.device = pipeline.device
         self.dtype: torch.dtype = self.transformer.dtype
         self.max_sequence_length = max_sequence_length
@@ -164,7 +165,7 @@ class SD3Generator:
         even: times before the shift are 1, (S-1)/S .. 1/S, as in FLUX's pipeline; the scheduler's own last one is nearly 0.
         Raises ValueError for a shift or even times that the scheduler does not support.
         """
-        SD3.check_grid({"_class_name": type(self.pipeline.scheduler).__name__, **self.pipeline.scheduler.config}, shift, even)
+        check_shift({"_class_name": type(self.pipeline.scheduler).__name__, **self.pipeline.scheduler.config}, shift, even)
         overridden = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config, **overridden)
         asked = {"sigmas": [1 - i / steps for i in range(steps)]} if even else {"num_inference_steps": steps}
@@ -207,7 +208,7 @@ def load_sd3(
         folder,
         dtype={"default": dtype, "vae": torch.float32},
         local_files_only=True,
-        **({} if ships_t5 and t5 else dict.fromkeys(SD3.optional["t5"])),
+        **({} if ships_t5 and t5 else dict.fromkeys(T5)),
     )
     if max_sequence_length is None:
         max_sequence_length = T5_TOKENS if ships_t5 else 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffusion import Group
 from rollouts.worker import groups_of_a_micro_batch
-from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.statistics import IMAGES_PER_PROMPT
 from runtime.executors.messages import Batch, Work, joined
 from runtime.executors.ray.actors import ATTEMPTS, SamplerActor, TrainerActor, isolated_entries, new_host

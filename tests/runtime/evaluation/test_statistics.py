@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.statistics import distances
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rewards.mixture import RewardError
-from runtime.evaluation.evaluator import Evaluated
+from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.statistics import heldout_metrics
 from runtime.evaluation.watch import suspicions, watch_metrics
 from runtime.experiment.config import WatchSection

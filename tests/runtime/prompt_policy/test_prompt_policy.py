@@ -119,7 +119,7 @@ def test_it_is_compared_like_any_run(whole):
 
 
 def test_it_has_no_adapter_to_draw_with(whole):
-    with pytest.raises(InputError, match="is a prompt policy's run, which has no adapter"):
+    with pytest.raises(InputError, match="is the run of a prompt policy, which has no adapter"):
         read_run(whole.path)
 
 
@@ -186,15 +186,18 @@ def test_a_chat_template_is_another_way_to_say_it(whole, tmp_path):
 
 
 class FakeWorker:
-    """A picture's brightness is its text's length in hundredths, and a little of its noise."""
+    """An image's brightness is its text's length in hundredths, and a little of its noise."""
 
-    micro_batch = 4
-    nfe = 3
+    most = 4
 
     def __init__(self):
         self.groups = []
 
-    def draw(self, groups):
+    def nfe(self, plan):
+        return 3
+
+    def take(self, groups, plan):
+        assert plan.source == "teacher"
         self.groups = list(groups)
         values = [len(group.prompt.text) / 100 + group.seeds[0] % 7 / 1000 for group in groups]
         return SimpleNamespace(images=torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous())
@@ -233,7 +236,7 @@ def test_a_group_shares_its_noise_and_what_says_the_same_is_drawn_once():
     assert totals[4] == totals[5] == totals[6] != totals[0]
     assert [prompt.text for prompt in reward.asked] == ["blue"] * 4
     assert judge.last.nfe == 12
-    assert judge.last.scores["bright"].tolist() == totals
+    assert judge.last.scores.parts["bright"].tolist() == totals
     judge.total(["given"] * 8, said, id=ids, trainer_state=SimpleNamespace(global_step=1))
     assert {group.seeds[0] for group in fake.groups if group.prompt.id == "1"} != first["1"]
 
@@ -242,7 +245,7 @@ def test_a_generator_is_told_what_was_rewritten():
     told = []
     generator = SimpleNamespace(encode=lambda texts: told.extend(texts), device="here")
     rewriting = Rewriting(generator)
-    rewriting.said = {"a": "b"}
+    rewriting.rewritten = {"a": "b"}
     rewriting.encode(["a", "c"])
     assert told == ["b", "c"]
     assert rewriting.device == "here"
@@ -260,11 +263,11 @@ def test_a_generator_is_told_what_was_rewritten():
         ("grpo.loss_type=ppo", "grpo.loss_type = 'ppo'"),
         ("grpo.per_device_train_batch_size=3", "must divide the 2 x 4 = 8 rewritings of a step"),
         ("grpo.bf16=true", "grpo.bf16 = True: needs a GPU"),
-        ("language_model.weights=no/such/model", "language_model: weights 'no/such/model': there is no such folder"),
+        ("language_model.weights=no/such/model", "language_model: weights 'no/such/model': no such folder"),
         ("language_model.weights=owner/name", "language_model: weights 'owner/name': it is no local folder, not in the cache"),
         ("language_model.weights=embedded:glyphs-writer", "did you mean 'glyphs-rewriter'"),
-        ("language_model.weights=embedded:glyphs", "no config.json there"),
-        ("language_model.weights=embedded:glyphs-clip", "model_type 'clip', which is no causal language model"),
+        ("language_model.weights=embedded:glyphs", "no config.json"),
+        ("language_model.weights=embedded:glyphs-clip", "model_type 'clip', which is not a causal language model"),
         ("language_model.chat=true", "its tokenizer has no chat template"),
         ("language_model.template=rewrite", "language_model.template = 'rewrite': must hold {prompt} once"),
         ("rewards.train=[{name: 'python:mine.py:f'}]", "runs only with --allow-code"),

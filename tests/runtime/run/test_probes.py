@@ -125,7 +125,7 @@ def test_from_launch_to_the_loss_it_is_at_most_six_calls(tmp_path, monkeypatch):
 
 
 def test_networks_start_alike_in_every_process():
-    from runtime.experiment.algorithms import new_objective
+    from runtime.experiment.config import new_objective
 
     torch.manual_seed(1)
     first = new_objective(experiment("probe_two_players")).networks["critic"].state_dict()
