@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_one_line_on_the_command_line(tmp_path)
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tmp_path):
+def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tmp_path, cluster):
     file = tmp_path / "mine.py"
     file.write_text("def mine(images, prompts, **meta):\n    return [0.0] * len(prompts)\n")
     reward = f"rewards.train=[{{name: 'python:{file}:mine', differentiable: true}}]"
@@ -155,19 +155,19 @@ def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tm
     if executor == "ray":
         from runtime.executors.ray.executor import RayExecutor
 
-        roles = RayExecutor(experiment)
+        roles = RayExecutor(experiment, cluster)
     with pytest.raises(RewardError) as caught:
         go(experiment, tmp_path / "run", roles)
     expected = f"reward mine: python:{file}:mine is declared differentiable, but its scores have no gradient"
     assert str(caught.value) == expected
 
 
-def test_ray_changes_nothing(tmp_path):
+def test_ray_changes_nothing(tmp_path, cluster):
     from runtime.executors.ray.executor import RayExecutor
 
     experiment = direct("drtune", "rollouts.workers=2", "run.micro_batch=4")
     inline, _ = go(experiment, tmp_path / "inline")
-    ray, _ = go(experiment, tmp_path / "ray", RayExecutor(experiment))
+    ray, _ = go(experiment, tmp_path / "ray", RayExecutor(experiment, cluster))
     assert lines(inline) == lines(ray)
     assert adapter(inline, 2) == adapter(ray, 2)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from generators import outline
 from rollouts.prompts import read_prompts
 from runtime.executors.inline import InlineExecutor
 from runtime.experiment.config import InputError
@@ -16,6 +18,7 @@ from runtime.experiment.yaml import read_experiment
 from runtime.finished.verbs import evaluate_run, sample_one
 from runtime.run.folder import RunFolder
 from runtime.run.loop import run
+from runtime.run.plan import plan_text
 
 QUICKSTART = Path(__file__).parents[3] / "experiments" / "quickstart.yaml"
 SMALL = [
@@ -106,6 +109,25 @@ def test_network_evaluations_are_counted_per_image(whole):
     assert [line["nfe/teacher"] for line in lines] == [18, 36, 36, 54]
 
 
+def test_the_dry_run_counts_what_a_step_does(tmp_path):
+    """Old-policy and reference passes included; every group has a signal, so the upper bounds are reached."""
+    knobs = "group_size: 4, anchors: 2, train_steps: 2, inner_updates: 3, reference_weight: 0.1"
+    objective = f"objective={{algorithm: neighbor_grpo, {knobs}}}"
+    experiment = small(
+        objective, "rewards.train=[{name: brightness}]", "run.steps=1", "generator.guidance=2", "rollouts.solver=heun"
+    )
+    folder, _ = go(experiment, tmp_path / "run")
+    (line,) = folder.metrics()
+    text = plan_text(experiment, "inline", outline(experiment.generator.weights))
+    without, with_gradient = re.search(
+        r"at most ([\d,]+) network evaluations without gradient and\n#   ([\d,]+) with gradient", text
+    ).groups()
+    assert (line["nfe/rollout"], line["nfe/train"]) == (int(without.replace(",", "")), int(with_gradient))
+    # 2 groups of 4, 5 evaluations of Heun; 2 anchors, 2 steps, 3 updates; guidance twice
+    assert line["nfe/rollout"] == 2 * (2 * 4 * 5 + 2 * (2 * 2 + 2 * 2 * 3))
+    assert line["nfe/train"] == 2 * 2 * 2 * 2 * 3
+
+
 def test_the_run_folder_is_complete(whole):
     names = {path.name for path in whole.path.iterdir()}
     assert {"experiment.yaml", "metrics.jsonl", "events", "samples", "checkpoints", "report.html"} <= names
@@ -169,11 +191,11 @@ def test_guidance_and_an_ema_run_and_resume(tmp_path):
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3]
 
 
-def test_ray_gives_the_same_bits_with_two_workers_of_which_one_is_killed(whole, tmp_path):
+def test_ray_gives_the_same_bits_with_two_workers_of_which_one_is_killed(whole, tmp_path, cluster):
     from runtime.executors.ray.executor import RayExecutor
 
     experiment = small("rollouts.workers=2")
-    executor = RayExecutor(experiment)
+    executor = RayExecutor(experiment, cluster)
 
     def kill(line):
         if line["step"] == 2:
@@ -187,11 +209,11 @@ def test_ray_gives_the_same_bits_with_two_workers_of_which_one_is_killed(whole, 
     ]
 
 
-def test_a_worker_that_hangs_is_replaced_at_the_deadline(whole, tmp_path):
+def test_a_worker_that_hangs_is_replaced_at_the_deadline(whole, tmp_path, cluster):
     from runtime.executors.ray.executor import RayExecutor
 
     experiment = small("rollouts.deadline=8")
-    executor = RayExecutor(experiment)
+    executor = RayExecutor(experiment, cluster)
     first = executor.processes()
 
     def hang(line):
@@ -304,23 +326,3 @@ def test_rewards_may_be_standardised_before_they_are_summed(tmp_path):
             lines[how, scale] = folder.metrics()[0]
     assert len({line["reward/brightness"] for line in lines.values()}) == 1
     assert len({line["grad_norm"] for line in lines.values()}) == 4
-
-
-def test_groups_are_split_where_micro_batches_end():
-    from runtime.executors.ray.executor import split
-
-    assert split(range(16), 2, 5) == [range(10), range(10, 16)]
-    assert split(range(16), 1, 5) == [range(16)]
-    assert split(range(4), 3, 5) == [range(4)]
-    assert [len(part) for part in split(range(12), 3, 1)] == [4, 4, 4]
-
-
-@pytest.mark.parametrize(
-    ("gpus", "processes", "share"), [(0, 2, 0), (1, 1, 1), (3, 3, 1), (8, 2, 1), (2, 3, 0.5), (8, 9, 0.5), (1, 6, 0.1666)]
-)
-def test_a_processs_share_fits_on_one_gpu(monkeypatch, gpus, processes, share):
-    from runtime.executors.ray import cluster
-
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"GPU": gpus} if gpus else {})
-    assert cluster.gpus_of_a_process("auto", processes) == share
-    assert cluster.gpus_of_a_process("cpu", processes) == 0
