@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_what_is_not_installed_is_named():
     compat.check_installed("x", ("torch", "json"))
-    with pytest.raises(ValueError, match=r"^backend 'x' needs no_such_a, no_such_b, not installed here; `make rewards`"):
+    with pytest.raises(ValueError, match=r"^backend 'x' needs no_such_a, no_such_b \(not installed\); run `make rewards`"):
         compat.check_installed("backend 'x'", ("no_such_a", "torch", "no_such_b"))
 
 
@@ -95,7 +95,7 @@ def test_a_stand_in_says_so_when_it_is_used(monkeypatch):
     monkeypatch.setattr(compat, "find_spec", lambda asked: None)
     with compat.no_clip():
         load = import_module("clip").load
-    with pytest.raises(NotImplementedError, match=r"^clip\.load is only a stand-in"):
+    with pytest.raises(NotImplementedError, match=r"^clip\.load is a stub"):
         load("ViT-L/14")
 
 
@@ -122,7 +122,7 @@ def test_the_missing_vocabulary_is_read_from_open_clip(monkeypatch, tmp_path):
 
 def test_no_vocabulary_anywhere(monkeypatch):
     monkeypatch.setattr(compat, "find_spec", lambda asked: None)
-    with pytest.raises(ValueError, match=r"^hpsv2 comes without bpe_simple_vocab_16e6\.txt\.gz, and open_clip"):
+    with pytest.raises(ValueError, match=r"^hpsv2 needs bpe_simple_vocab_16e6\.txt\.gz of open_clip"):
         compat.open_clip_vocabulary()
 
 

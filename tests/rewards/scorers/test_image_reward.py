@@ -164,7 +164,7 @@ def refused(*arguments, **knobs) -> str:
         (lambda t: t.update({"mlp.layers.7.bias": torch.ones(2)}), "mlp.layers.7.bias is [2], where ImageReward has [1]"),
         (
             lambda t: t.pop("blip.visual_encoder.pos_embed"),
-            "not a checkpoint of ImageReward (no blip.visual_encoder.pos_embed of 3 axes)",
+            "(no blip.visual_encoder.pos_embed of 3 axes)",
         ),
     ],
 )
