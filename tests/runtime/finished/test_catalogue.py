@@ -86,6 +86,7 @@ def test_the_table_has_every_reward():
     }
     assert rows["glyph_match"]["gradient"] == "no"
     assert rows["image_reward"]["range"] == "[-inf, inf]"
+    assert rows["clip_score"]["licence"] == "the model's"
     assert rows["pickscore"]["licence"] == "MIT (code), none stated (weights)"
 
 
