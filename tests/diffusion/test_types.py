@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusion.types import Codec, Condition, Predict, Prompt, RewardModel, Scores, Trajectory
+from diffusion.types import About, Codec, Condition, Predict, Prompt, RewardModel, Scores, Trajectory
 
 
 @pytest.fixture
@@ -65,12 +65,11 @@ def test_nouns_are_frozen():
 
 def test_protocols_tell_a_reward_from_a_network():
     class Brightness:
-        label = "brightness"
-        differentiable = True
+        about = About("brightness", differentiable=True)
 
         def __call__(self, images, prompts):
             mean = images.mean(dim=(1, 2, 3))
-            return Scores(mean, {self.label: mean})
+            return Scores(mean, {self.about.label: mean})
 
     assert isinstance(Brightness(), RewardModel)
     assert not isinstance(Brightness(), Codec)

@@ -156,7 +156,7 @@ def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tm
         roles = RayExecutor(experiment)
     with pytest.raises(RewardError) as caught:
         go(experiment, tmp_path / "run", roles)
-    assert str(caught.value) == f"mine: python:{file}:mine is said to be differentiable, and its numbers have no gradient"
+    assert str(caught.value) == (f"reward mine: python:{file}:mine is declared differentiable, but its scores have no gradient")
 
 
 def test_ray_changes_nothing(tmp_path):
