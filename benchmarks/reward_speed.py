@@ -1,18 +1,18 @@
-"""Speed and memory of every scorer, the networks at their real size.
+"""Speed and memory of every scorer, with networks of their real size.
 
     python benchmarks/reward_speed.py [NAME ...] [--images 4] [--size 512] [--gradient] [--dtype float32] [--threads 2]
                                       [--markdown]
     python benchmarks/reward_speed.py [NAME ...] --parity [--threads 2]
 
 A network's weights are random, in the published checkpoint's layout: written to a temporary folder, and loaded by the scorer
-itself. Neither time nor memory depends on what they say. Captions are encoded once, in a first call that is not timed. Each
-scorer has a fresh process, whose peak memory is its resident set, Python, torch and the pages of the checkpoint included; on a
-GPU, what torch has allocated there. vlm_judge is left out, because its speed is its server's.
+itself. Neither time nor memory depends on their values. Captions are encoded once, in a first call that is not timed. Each
+scorer has a fresh process, whose peak memory is its resident set, including Python, torch and the pages of the checkpoint; on a
+GPU, what torch has allocated there. vlm_judge is excluded, because its speed is its server's.
 
---parity compares, at 224 pixels, scores and the images' gradient with bfloat16's, and with the packages' own networks where
+--parity compares, at 224 pixels, scores and the images' gradient with bfloat16's, and with the packages' own networks if
 `make rewards` has installed them.
 
-Prints a table (with --markdown one for docs/rewards.md) and last one JSON line.
+Prints a table (with --markdown as in docs/rewards.md), then one JSON line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# torch is imported in the processes that measure alone: a child's peak memory begins at its parent's.
+# torch is imported only in the processes that measure: a child's peak memory starts at its parent's.
 
 COMMON = {"image": 224, "patch": 14, "context": 77, "words": 49408}
 VIT_L = COMMON | {
@@ -85,9 +85,9 @@ PACKAGES = {"the package's network": "hpsv2", "open_clip": "open_clip"}
 
 
 def write(name: str, folder: Path) -> tuple[dict[str, Any], int]:
-    """The files that the scorer loads, in this folder -> the knobs that name them, and the number of weights.
+    """Write the files that the scorer loads to this folder -> the knobs that name them, and the number of weights.
 
-    Raises ValueError if a package is missing that the scorer needs.
+    Raises ValueError if a package that the scorer needs is missing.
     """
     from rewards.parts import compat
 
@@ -151,7 +151,7 @@ def write_clip(folder: Path, sizes: dict[str, int]) -> int:
 
 
 def write_clip_tokenizer(folder: Path) -> None:
-    """CLIP's real vocabulary where open_clip, which brings it, is installed; else its letters, and words that never occur."""
+    """CLIP's real vocabulary if open_clip, which contains it, is installed; else its letters, and words that never occur."""
     from transformers import CLIPTokenizer
 
     from rewards.parts import compat
@@ -191,7 +191,7 @@ def write_hpsv2(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def write_image_reward(folder: Path) -> tuple[dict[str, Any], int]:
-    """The package's own network says which tensors there are."""
+    """The tensors' names and shapes are those of the package's network."""
     import torch
 
     from rewards.parts import compat
@@ -211,7 +211,7 @@ def write_image_reward(folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def package_image_reward(folder: Path, tokenizer: Any) -> Any:
-    """The package's network for pictures of 224 pixels, as it is built before it is loaded."""
+    """The package's network for images of 224 pixels, before weights are loaded."""
     from rewards.parts import compat
 
     with compat.importing_image_reward():
@@ -222,8 +222,8 @@ def package_image_reward(folder: Path, tokenizer: Any) -> Any:
         return ImageReward(med_config=str(folder / "med_config.json"))
 
 
-def pictures(name: str, number: int, size: int) -> tuple[Any, list[Any]]:
-    """8-bit pictures [N, 3, size, size] of what the captions say: glyphs, enlarged, or a sign for ocr to read."""
+def sample_images(name: str, number: int, size: int) -> tuple[Any, list[Any]]:
+    """8-bit images [N, 3, size, size] of their captions: glyphs, enlarged, or a sign for ocr."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -248,7 +248,7 @@ def pictures(name: str, number: int, size: int) -> tuple[Any, list[Any]]:
 
 
 def built(name: str, knobs: Mapping[str, Any]) -> Any:
-    """The scorer, checked and built as an experiment does it."""
+    """The scorer, checked and built as in an experiment."""
     import rewards
     from rewards.parts import compat
 
@@ -258,7 +258,7 @@ def built(name: str, knobs: Mapping[str, Any]) -> Any:
 
 
 def measure(name: str, files: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second and peak memory in GB of 10^9 bytes. Raises ValueError if the scorer cannot be had here."""
+    """Images per second and peak memory in GB of 10^9 bytes. Raises ValueError if the scorer cannot run here."""
     import torch
 
     import rewards
@@ -269,7 +269,7 @@ def measure(name: str, files: dict[str, Any], options: argparse.Namespace) -> di
     own = {key: value for key, value in chosen.items() if key in rewards.knobs(name).model_fields}
     reward = built(name, files | own)
     number, size = options.images, 32 if name == "glyph_match" else options.size
-    images, prompts = pictures(name, number, size)
+    images, prompts = sample_images(name, number, size)
     images = images.to(device)
     found: dict[str, Any] = {"size": size}
 
@@ -290,7 +290,7 @@ def measure(name: str, files: dict[str, Any], options: argparse.Namespace) -> di
 
 
 def seconds(call: Callable[[], None], wait: Callable[[], None]) -> float:
-    """Median of calls during some seconds; the first one is not counted."""
+    """Median of repeated calls for about 3 seconds; the first one is not counted."""
     taken: list[float] = []
     while len(taken) < 2 or (sum(taken) < 3 and len(taken) < 100):
         start = time.perf_counter()
@@ -301,7 +301,7 @@ def seconds(call: Callable[[], None], wait: Callable[[], None]) -> float:
 
 
 def resident() -> int:
-    """The most bytes of main memory that this process has held."""
+    """Peak main memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -319,11 +319,11 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def side(name: str, other: str, knobs: dict[str, Any], file: Path, threads: int) -> None:
-    """Scores and gradient of two pictures by one way of computing them, into a file."""
+    """Scores and gradient of two images by one implementation, into a file."""
     import torch
 
     torch.set_num_threads(threads)
-    images, prompts = pictures(name, 2, 224)
+    images, prompts = sample_images(name, 2, 224)
     images = images.to("cuda" if torch.cuda.is_available() else "cpu")
     if other == "the package's score":
         scores, gradient = package_scores(Path(knobs["weights"]), images, prompts), None
@@ -336,7 +336,7 @@ def side(name: str, other: str, knobs: dict[str, Any], file: Path, threads: int)
 
 
 def package_scores(folder: Path, images: Any, prompts: list[Any]) -> Any:
-    """image-reward's own `score`, of PIL pictures."""
+    """image-reward's own `score`, of PIL images."""
     import torch
     from PIL import Image
 
@@ -387,7 +387,7 @@ def difference(ours: Path, theirs: Path) -> dict[str, float]:
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns in a process of its own."""
+    """The function's result, computed in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
@@ -398,16 +398,16 @@ def main() -> None:
     names = [name for name in REWARDS if name != "vlm_judge"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all of them by default")
-    parser.add_argument("--images", type=int, default=4, help="in one call, and at most 8 in one forward pass")
-    parser.add_argument("--size", type=int, default=512, help="pixels of a side; glyph_match has its own 32")
-    parser.add_argument("--gradient", action="store_true", help="forward and backward too, where there is a gradient")
+    parser.add_argument("--images", type=int, default=4, help="in one call; at most 8 of them in one forward pass")
+    parser.add_argument("--size", type=int, default=512, help="height and width in pixels; glyph_match: always 32")
+    parser.add_argument("--gradient", action="store_true", help="also forward and backward, for differentiable rewards")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the networks")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--parity", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.names) - set(names):
-        parser.error(f"no scorer to measure: {', '.join(sorted(unknown))}; allowed: {', '.join(names)}")
+        parser.error(f"unknown scorer: {', '.join(sorted(unknown))}; allowed: {', '.join(names)}")
 
     show_header(options)
     rows = []
@@ -433,7 +433,7 @@ def main() -> None:
 
 def parity(name: str, files: dict[str, Any], folder: Path, threads: int) -> dict[str, dict[str, float]]:
     """{what it is compared with: differences}, one network at a time."""
-    files = files | {"micro_batch": 1}  # so do the packages
+    files = files | {"micro_batch": 1}  # as the packages do
     fresh(side, name, "", files, folder / "ours.parity", threads)
     found = {}
     for other, own in SIDES[name].items():

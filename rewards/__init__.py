@@ -8,10 +8,11 @@ serve.py       a scorer in a process of its own: HTTP server, `python -m rewards
 trl.py         TRL's reward functions as RewardModels, and the reverse
 scorers/       one module for each reward
 parts/         what several scorers share: networks of CLIP's kind, files and hub ids, fixes for old packages
-transport/     the near side of a scorer in another process: gradient, wire format, HTTP client
+transport/     a reward in another process: messages, gradient and the two ends; the HTTP client
 
-Imports go one way: names <- transport <- build <- serve; a scorer imports none of these. Scorers take seconds to import, so
-this package re-exports only what imports none of them, and no torch.
+Imports go one way, inside functions too: mixture <- names, wrappers, transport <- build <- serve. A scorer imports neither
+names nor transport, build or serve. Scorers take seconds to import, so this package re-exports only what imports none of them,
+and no torch.
 """
 
 from rewards.build import Isolated, build, check, check_prompts, differentiable

@@ -17,7 +17,7 @@ from diffusion.types import About, Prompt, Scores
 DROPPED = "dropped/"
 """Prefix of the entry in `extra` that marks the images a reward failed on; see `Dropping`."""
 RESERVED = ("total", "total_se", "std", "base", "win_rate")
-"""Labels that would collide with a run's other curves: `reward/<label>` and `heldout/<label>` are logged beside these."""
+"""Labels that would collide with a run's other curves: `reward/<label>` and `heldout/<label>` are logged next to these."""
 
 
 class RewardError(RuntimeError):

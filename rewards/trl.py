@@ -101,7 +101,7 @@ class TRLReward:
         self.about = About(label, differentiable=False, bounds=(-float("inf"), float("inf")), may_abstain=True)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for whatever the function raises."""
+        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for everything the function raises."""
         label, function_name = self.about.label, self.function_name
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.meta if key not in OURS)
         metrics: dict[str, list[float]] = {}

@@ -1,9 +1,9 @@
-"""What hpsv2 1.2.0 and image-reward 1.5 need to work beside present libraries. `make rewards` installs both with --no-deps,
+"""Workarounds that hpsv2 1.2.0 and image-reward 1.5 need with current libraries. `make rewards` installs both with --no-deps,
 because the versions they pin would break the rest.
 
-Every function says which symptom it cures and what makes it unnecessary, and does nothing where it is not needed. Stand-ins are
-in place only while something is imported. The two packages are imported in `hpsv2.py` and `image_reward.py` alone, inside
-`importing_hpsv2` and `importing_image_reward`.
+Every function names the symptom it fixes and when it is unnecessary, and does nothing where it is not needed. Stubs exist only
+during an import. The two packages are imported in `hpsv2.py` and `image_reward.py` alone, inside `importing_hpsv2` and
+`importing_image_reward`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 HPSV2 = ("hpsv2", "torchvision", "ftfy", "regex")
 IMAGE_REWARD = ("ImageReward", "torchvision", "timm")
-"""What each package needs beside the core, by module name."""
+"""What each package needs besides the core, by module name."""
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -37,7 +37,7 @@ def missing(modules: Sequence[str]) -> list[str]:
 def check_installed(what: str, modules: Sequence[str]) -> None:
     """Raises ValueError, about `what`, if a module is missing. Imports none of them."""
     if names := missing(modules):
-        raise ValueError(f"{what} needs {', '.join(names)}, not installed here; `make rewards` installs what it takes")
+        raise ValueError(f"{what} needs {', '.join(names)} (not installed); run `make rewards`")
 
 
 @contextmanager
@@ -61,14 +61,14 @@ def importing_image_reward() -> Iterator[None]:
 
 
 _operators: list[torch.library.Library] = []
-"""torch forgets operators when nobody holds their library."""
+"""Kept, since torch drops operators when their library is garbage-collected."""
 
 
 def ensure_torchvision() -> str:
-    """Cures: "operator torchvision::nms does not exist" where torchvision is PyPI's CUDA build and torch is one for the CPU.
+    """Fixes: "operator torchvision::nms does not exist" where torchvision is PyPI's CUDA build and torch is one for the CPU.
 
-    Unnecessary where torchvision fits torch. Declares the two operators that torchvision's import asks for; calling them fails
-    with an error of its own. transformers and diffusers import the torchvision that they find, so this must come before them.
+    Unnecessary where torchvision fits torch. Declares the two operators that torchvision's import requires; calling them raises
+    an error. transformers and diffusers import the installed torchvision, so this must be called before they are imported.
     Returns "native", "absent" or "declared".
     """
     if find_spec("torchvision") is None:
@@ -94,7 +94,7 @@ def ensure_torchvision() -> str:
 
 @contextmanager
 def no_side_effects() -> Iterator[None]:
-    """Cures: silenced warnings, a silenced transformers and TOKENIZERS_PARALLELISM=false in the whole process after the import.
+    """Fixes: silenced warnings, a silenced transformers and TOKENIZERS_PARALLELISM=false in the whole process after the import.
 
     Both packages set these at import, in every version.
     """
@@ -113,7 +113,7 @@ def no_side_effects() -> Iterator[None]:
 
 @contextmanager
 def no_clint() -> Iterator[None]:
-    """Cures: hpsv2 imports `clint.textui.progress`, a progress bar it never uses. Unnecessary where clint is installed."""
+    """Fixes: hpsv2 imports `clint.textui.progress`, a progress bar it never uses. Unnecessary where clint is installed."""
     if find_spec("clint") is None:
         with _stub("clint"), _stub("clint.textui", progress=None):
             yield
@@ -123,7 +123,7 @@ def no_clint() -> Iterator[None]:
 
 @contextmanager
 def no_turtle() -> Iterator[None]:
-    """Cures: hpsv2 imports a name from `turtle`, which fails on a Python without tkinter. Unnecessary in hpsv2x 1.2.0."""
+    """Fixes: hpsv2 imports a name from `turtle`, which fails on a Python without tkinter. Unnecessary in hpsv2x 1.2.0."""
     if find_spec("_tkinter") is None:
         with _stub("turtle", forward=None):
             yield
@@ -133,32 +133,33 @@ def no_turtle() -> Iterator[None]:
 
 @contextmanager
 def vocabulary() -> Iterator[None]:
-    """Cures: hpsv2's wheel lacks CLIP's vocabulary, which it reads at import. Unnecessary in hpsv2x 1.2.0.
+    """Fixes: hpsv2's wheel lacks CLIP's vocabulary, which it reads at import. Unnecessary in hpsv2x 1.2.0.
 
-    The same file of open_clip (open_clip_torch) is read in its place.
+    The same file of open_clip (open_clip_torch) is read instead.
     """
     original = gzip.open
 
     def opened(filename: Any, *arguments: Any, **options: Any) -> Any:
-        wanted = isinstance(filename, (str, os.PathLike)) and Path(filename).name == VOCABULARY
-        return original(open_clip_vocabulary() if wanted and not Path(filename).exists() else filename, *arguments, **options)
+        if isinstance(filename, (str, os.PathLike)) and Path(filename).name == VOCABULARY and not Path(filename).exists():
+            filename = open_clip_vocabulary()
+        return original(filename, *arguments, **options)
 
     with _replaced(gzip, "open", opened):
         yield
 
 
 def open_clip_vocabulary() -> Path:
-    """CLIP's vocabulary in the package open_clip, which is not imported."""
+    """The file of CLIP's vocabulary in the package open_clip, which is not imported. Raises ValueError if it is missing."""
     spec = find_spec("open_clip")
     for folder in (spec and spec.submodule_search_locations) or ():
         if (file := Path(folder) / VOCABULARY).is_file():
             return file
-    raise ValueError(f"hpsv2 comes without {VOCABULARY}, and open_clip, which has it, is not installed; see `make rewards`")
+    raise ValueError(f"hpsv2 needs {VOCABULARY} of open_clip, which is not installed; run `make rewards`")
 
 
 @contextmanager
 def no_clip() -> Iterator[None]:
-    """Cures: image-reward imports OpenAI's `clip`, which is not on PyPI under that name, for scores that are not used here.
+    """Fixes: image-reward imports OpenAI's `clip`, not on PyPI under that name, for scores that this project does not use.
 
     Unnecessary where it is installed.
     """
@@ -171,7 +172,7 @@ def no_clip() -> Iterator[None]:
 
 @contextmanager
 def no_fairscale() -> Iterator[None]:
-    """Cures: image-reward imports fairscale's checkpoint_wrapper, which only training with recomputation calls.
+    """Fixes: image-reward imports fairscale's checkpoint_wrapper, which only training with recomputation calls.
 
     Unnecessary where fairscale is installed.
     """
@@ -188,7 +189,7 @@ def no_fairscale() -> Iterator[None]:
 
 @contextmanager
 def vanished_names() -> Iterator[None]:
-    """Cures: image-reward imports three helpers from `transformers.modeling_utils`. Unnecessary up to transformers 4.55."""
+    """Fixes: image-reward imports three helpers from `transformers.modeling_utils`. Unnecessary up to transformers 4.55."""
     from transformers import modeling_utils, pytorch_utils
 
     with ExitStack() as stack:
@@ -200,10 +201,10 @@ def vanished_names() -> Iterator[None]:
 
 
 def complete_bert(bert: Any) -> None:
-    """Cures: image-reward's BERT calls methods that transformers' PreTrainedModel has lost, or that need its newer bookkeeping
+    """Fixes: image-reward's BERT calls methods that PreTrainedModel no longer has, or that need its newer attributes
     ("has no attribute 'all_tied_weights_keys'"). Unnecessary before transformers 5.
 
-    bert: the package's BertPreTrainedModel, which is changed; it is nobody else's.
+    bert: the package's BertPreTrainedModel, which is changed; nothing else uses it.
     """
     from transformers import PreTrainedModel
 
@@ -211,14 +212,14 @@ def complete_bert(bert: Any) -> None:
         self.apply(self._init_weights)
 
     def get_head_mask(self: Any, head_mask: None, layers: int) -> list[None]:
-        assert head_mask is None, "no head is ever masked here"
+        assert head_mask is None, "ImageReward masks no heads"
         return [None] * layers
 
     def invert_attention_mask(self: Any, mask: torch.Tensor) -> torch.Tensor:
-        """[B, L], 1 for what may be looked at -> [B, 1, 1, L], to be added before the softmax."""
+        """[B, L], 1 where attention is allowed -> [B, 1, 1, L], to be added before the softmax."""
         return (1 - mask[:, None, None, :].to(self.dtype)) * torch.finfo(self.dtype).min
 
-    if not hasattr(PreTrainedModel, "get_head_mask"):  # all three changed together
+    if not hasattr(PreTrainedModel, "get_head_mask"):  # all three changed in one version
         bert.init_weights = init_weights
         bert.get_head_mask = get_head_mask
         bert.invert_attention_mask = invert_attention_mask
@@ -226,8 +227,8 @@ def complete_bert(bert: Any) -> None:
 
 @contextmanager
 def built_from(blip: Any, tokenizer: Any, visual_encoder: Any, width: int) -> Iterator[None]:
-    """Cures: image-reward's network fetches its tokenizer from the hub, asks it for `additional_special_tokens_ids`, gone in
-    transformers 5, and knows two sizes of its image tower only. No version takes them from outside.
+    """Fixes: image-reward's network downloads its tokenizer from the hub, reads its `additional_special_tokens_ids`, removed in
+    transformers 5, and supports two sizes of its image tower only. No version accepts them as arguments.
 
     blip: the package's module `blip_pretrain`. Around the constructor.
     """
@@ -240,7 +241,7 @@ def built_from(blip: Any, tokenizer: Any, visual_encoder: Any, width: int) -> It
 
 @contextmanager
 def _stub(name: str, **attributes: Any) -> Iterator[None]:
-    """A module of this name and nothing behind it; what was imported from it stays."""
+    """An empty module of this name, with these attributes, inside the block; what was imported from it stays usable."""
     module: Any = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None, is_package=True)
     module.__path__ = []
@@ -267,6 +268,6 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def _unavailable(name: str) -> Any:
     def call(*arguments: Any, **options: Any) -> None:
-        raise NotImplementedError(f"{name} is only a stand-in here: no score of this project needs it")
+        raise NotImplementedError(f"{name} is a stub: no score of this project needs it")
 
     return call

@@ -1,7 +1,7 @@
 """Files that a scorer's knobs name: found, downloaded, read. Every error is a one-line ValueError.
 
 A *place*, the value of such a knob, is a local file, a local folder, or a hub id owner/name. Each `check_...` tests whether the
-other function would find its files, and downloads nothing: the hub is only asked whether the download is allowed.
+other function would find its files, and downloads nothing: the hub is only queried whether the download is allowed.
 """
 
 from __future__ import annotations

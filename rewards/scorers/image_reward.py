@@ -67,7 +67,7 @@ class ImageReward:
     def check(weights: str, med_config: str, tokenizer: str, micro_batch: int, dtype: Dtype = "float32") -> None:
         compat.check_installed("image_reward", compat.IMAGE_REWARD)
         check_file("weights", weights, WEIGHTS_FILE)
-        check_file("med_config", med_config or _beside(weights), CONFIG_FILE)
+        check_file("med_config", med_config or _same_place(weights), CONFIG_FILE)
         check_tokenizer(tokenizer, TOKENIZER_FILES)
 
     def __init__(
@@ -85,7 +85,7 @@ class ImageReward:
         self.micro_batch = micro_batch
         self.model, self.tokenizer, self.size = _load(
             local_file("weights", weights, WEIGHTS_FILE),
-            local_file("med_config", med_config or _beside(weights), CONFIG_FILE),
+            local_file("med_config", med_config or _same_place(weights), CONFIG_FILE),
             tokenizer_folder(tokenizer, TOKENIZER_FILES),
         )
         self.dtype = getattr(torch, dtype)
@@ -118,7 +118,7 @@ class ImageReward:
         return normalized(center_square(images, self.size).clamp(0, 1))
 
 
-def _beside(weights: str) -> str:
+def _same_place(weights: str) -> str:
     """The place of the configuration that belongs to the weights: the file's folder, or the same folder or hub id."""
     path = Path(weights).expanduser()
     return str(path.parent) if path.is_file() else weights

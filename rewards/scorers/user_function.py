@@ -59,7 +59,7 @@ class UserFunction:
         self.trl = from_trl_reward(self.function, label, function) if trl else None
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for whatever the function raises."""
+        """images [B, 3, H, W] float32 in [0, 1] -> Scores over B. Raises RewardError for everything the function raises."""
         if self.trl is not None:
             return self.trl(images, prompts)
         label = self.about.label

@@ -225,7 +225,7 @@ class VLMJudge:
         return RewardError(f"reward {self.about.label}, prompt {prompt.text!r}: {problem}")
 
     def _quoted(self, response: str) -> str:
-        """A server's response on one line, truncated, with the key masked should it contain it."""
+        """A server's response on one line, truncated, with the key masked if it contains it."""
         if self.api_key_env is not None:
             response = response.replace(_key(self.api_key_env), "***")
         return repr(response if len(response) <= SHOWN else response[:SHOWN] + "...")
@@ -240,7 +240,7 @@ def data_url(image: Tensor) -> str:
 
 
 def read_number(answer: str, pattern: re.Pattern[str], low: float, high: float) -> float:
-    """The answer's number. Raises ValueError, worded to follow the answer, unless there is exactly one, in low..high."""
+    """The number in the answer. Raises ValueError, whose message follows "the answer ...", unless it is one, in low..high."""
     found = pattern.findall(answer)
     if len(found) != 1:
         raise ValueError(f"has {len(found)} matches of {pattern.pattern!r}; exactly one is needed")

@@ -54,9 +54,9 @@ class Client:
 
     def __call__(self, request: bytes) -> bytes:
         """Raises RewardError."""
-        asked = urllib.request.Request(self.url + "/score", request, {"Content-Type": TENSORS})
+        posted = urllib.request.Request(self.url + "/score", request, {"Content-Type": TENSORS})
         try:
-            with _OPENER.open(asked, timeout=TIMEOUT) as response:
+            with _OPENER.open(posted, timeout=TIMEOUT) as response:
                 return response.read()
         except urllib.error.HTTPError as error:
             with error:

@@ -39,7 +39,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> Path:
-    """Weights larger than transformers' own first ones, so that pictures and captions matter."""
+    """Weights larger than transformers' initial ones, so that images and captions matter."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     clip = networks.new_clip(networks.write_tokenizer(folder))
@@ -54,11 +54,11 @@ def clip_folder(tmp_path_factory) -> Path:
 
 def random_tensors(wanted, seed: int = 0) -> dict[str, torch.Tensor]:
     """{key: shape} -> weights large enough for every input to matter."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     tensors = {}
     for key, shape in wanted.items():
         fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 25
-        tensors[key] = torch.randn(shape, generator=generator) * 0.8 * fan_in**-0.5
+        tensors[key] = torch.randn(shape, generator=rng) * 0.8 * fan_in**-0.5
         if key.endswith("weight") and len(shape) == 1:  # of a norm
             tensors[key] += 1
     return tensors
@@ -93,11 +93,11 @@ def hps_folder(tmp_path_factory, clip_folder) -> Path:
 @pytest.fixture(scope="session")
 def head_file(tmp_path_factory) -> Path:
     """The aesthetic predictor's head with small widths, for the features of `clip_folder`, under the original's keys."""
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     tensors = {}
     for place, (wide, out) in zip((0, 2, 4, 6, 7), pairwise((64, 32, 16, 8, 4, 1)), strict=True):
-        tensors[f"layers.{place}.weight"] = 2 * torch.randn(out, wide, generator=generator) * wide**-0.5
-        tensors[f"layers.{place}.bias"] = torch.randn(out, generator=generator)
+        tensors[f"layers.{place}.weight"] = 2 * torch.randn(out, wide, generator=rng) * wide**-0.5
+        tensors[f"layers.{place}.bias"] = torch.randn(out, generator=rng)
     file = tmp_path_factory.mktemp("head") / "head.pth"
     torch.save(tensors, file)
     return file
@@ -111,7 +111,7 @@ class Asked:
     headers: dict[str, str]
     body: dict[str, Any]
     text: str
-    picture: np.ndarray
+    image: np.ndarray
     """[H, W, 3] uint8"""
 
 
@@ -128,12 +128,12 @@ def says(answer: str) -> Reply:
 
 
 def brightness(asked: Asked) -> Reply:
-    """The picture's mean, from 0 to 10."""
-    return says(f"Score: {asked.picture.mean() / 25.5:.6f}")
+    """The image's mean, from 0 to 10."""
+    return says(f"Score: {asked.image.mean() / 25.5:.6f}")
 
 
 class ChatServer:
-    """A stand-in for a server of OpenAI's chat completions. What it replies can be changed, and what it was asked be read."""
+    """A fake server of OpenAI's chat completions. Its reply can be set, and its requests are recorded."""
 
     Reply = Reply
     says = staticmethod(says)
@@ -146,8 +146,8 @@ class ChatServer:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                text, picture = body["messages"][0]["content"]
-                head, data = picture["image_url"]["url"].split(",")
+                text, image = body["messages"][0]["content"]
+                head, data = image["image_url"]["url"].split(",")
                 assert head == "data:image/png;base64"
                 pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
                 chat.asked.append(asked := Asked(self.path, dict(self.headers), body, text["text"], pixels))

@@ -1,4 +1,4 @@
-"""What every scorer owes the run, whatever it measures."""
+"""The interface that every scorer keeps, independent of what it measures."""
 
 import inspect
 from pathlib import Path
@@ -15,7 +15,7 @@ from worlds.glyphs import parse, read_prompts, render
 
 TEXTS = read_prompts("evaluation")[:6]
 SHOWN = ("65", "00", "2", "circle", "6", "36")
-"""What `ocr` is asked for: the captions' digits, where there are any."""
+"""The text requested of `ocr`: the captions' digits, if they have any."""
 PROMPTS = [Prompt(str(i), text, {"ocr_text": SHOWN[i]}) for i, text in enumerate(TEXTS)]
 ROUNDING = 1e-6
 """How far a score may move with its neighbours in the batch."""
@@ -59,9 +59,9 @@ def with_gradient(build, request):
 @pytest.fixture
 def images():
     """Half ground truth, half something else, and no pixel at the ends of the range."""
-    pictures = render([parse(text) for text in TEXTS], seed=0)
-    pictures[3:] = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return pictures * 0.9 + 0.05
+    images = render([parse(text) for text in TEXTS], seed=0)
+    images[3:] = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return images * 0.9 + 0.05
 
 
 def test_every_scorer_has_a_name():
@@ -77,7 +77,7 @@ def test_it_keeps_to_the_interface(reward, name, images):
     assert scores.total.dtype == torch.float32
     assert list(scores.parts) == [name]
     assert torch.equal(scores.parts[name], scores.total)
-    assert scores.total.unique().numel() > 1, "it must tell pictures apart"
+    assert scores.total.unique().numel() > 1, "it must distinguish images"
 
 
 def test_it_takes_a_label(build, name, images):
@@ -102,8 +102,8 @@ def test_the_constructor_takes_the_knobs_and_a_label(name):
 def test_scores_stay_within_its_bounds(reward, images):
     low, high = reward.about.bounds
     extremes = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32), *images[:4].round()])
-    for pictures in (images, extremes):
-        total = reward(pictures, PROMPTS).total
+    for batch in (images, extremes):
+        total = reward(batch, PROMPTS).total
         assert (total >= low).all()
         assert (total <= high).all()
 
@@ -124,7 +124,7 @@ def test_a_score_does_not_depend_on_the_batch(reward, images):
     assert (together - alone).abs().max() <= ROUNDING
 
 
-def test_a_score_does_not_depend_on_its_place(reward, images):
+def test_a_score_does_not_depend_on_its_row(reward, images):
     order = [4, 0, 5, 1, 3, 2]
     moved = reward(images[order], [PROMPTS[i] for i in order]).total
     assert (moved - reward(images, PROMPTS).total[order]).abs().max() <= ROUNDING
@@ -138,7 +138,7 @@ def test_its_networks_are_frozen_and_in_evaluation_mode(reward):
             assert not any(parameter.requires_grad for parameter in value.parameters())
 
 
-def test_pictures_with_nan_are_refused(reward, images):
+def test_images_with_nan_are_refused(reward, images):
     images[2, 1, 3, 3] = torch.nan
     with pytest.raises(RewardError, match=f"^reward {reward.about.label} .* nan .* {TEXTS[2]!r}"):
         score(reward, images, PROMPTS)
@@ -153,7 +153,7 @@ def test_no_gradient_leaks(reward, images):
 
 @pytest.fixture
 def noise():
-    """Pictures without two equal pixels, away from the kinks of absolute values."""
+    """Images without two equal pixels, away from the kinks of absolute values."""
     return (torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.05).requires_grad_()
 
 
@@ -163,7 +163,7 @@ def test_the_gradient_reaches_every_pixel(with_gradient, noise):
     assert (gradient != 0).all()
 
 
-def test_a_picture_s_gradient_is_its_own(with_gradient, noise):
+def test_an_image_s_gradient_is_its_own(with_gradient, noise):
     (gradient,) = torch.autograd.grad(with_gradient(noise, PROMPTS).total[1], noise)
     assert gradient[1].abs().max() > 0
     assert gradient[[0, 2, 3, 4, 5]].abs().max() == 0
@@ -185,7 +185,7 @@ def in_both_dtypes(build, request):
 
 def test_bfloat16_agrees_with_float32(in_both_dtypes, images):
     """It has 8 significant bits, so a rounding moves a number by up to 0.4 %, and the few dozen in a small network add up, like
-    noise, to about 1 % of the features. Scores may move by a tenth of their spread over these pictures (0.02 to 0.05 were
+    noise, to about 1 % of the features. Scores may move by a tenth of their spread over these images (0.02 to 0.05 were
     measured), and the gradient keeps its direction up to a cosine of 0.999 (0.9998)."""
     exact, coarse = ((reward(images, PROMPTS).total, *_gradient(reward, images)) for reward in in_both_dtypes)
     assert {tensor.dtype for tensor in coarse} == {torch.float32}
@@ -194,7 +194,7 @@ def test_bfloat16_agrees_with_float32(in_both_dtypes, images):
 
 
 def test_bfloat16_does_not_make_scores_coarse(in_both_dtypes):
-    """What the network says is normalised and scored in float32: pictures that differ by little have scores of their own."""
+    """The network's output is normalised and scored in float32: similar images have different scores."""
     _, coarse = in_both_dtypes
     grey = torch.linspace(0.45, 0.55, 6)[:, None, None, None].expand(6, 3, 32, 32)
     total = coarse(grey + 0.2 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)), [PROMPTS[0]] * 6).total

@@ -14,7 +14,7 @@ PROMPTS = [Prompt("1", "a red circle"), Prompt("2", "a blue seven")]
 
 
 class Says:
-    """A scorer that gives the same answer to everything."""
+    """A scorer with constant scores."""
 
     def __init__(self, answer, label="says"):
         self.about = About(label, differentiable=False)
@@ -25,7 +25,7 @@ class Says:
 
 
 class Best:
-    """1 - mean pixel: differentiable or not, as told, in either case with a gradient."""
+    """1 - mean pixel: differentiable or not, as constructed, in both cases with a gradient."""
 
     def __init__(self, differentiable, label):
         self.about = About(label, differentiable)
@@ -63,7 +63,7 @@ def test_it_is_a_reward_model_and_can_be_mixed_again(images):
     assert torch.equal(scores.total, inner(images, PROMPTS).total / 2)
 
 
-def test_weight_zero_is_watched_and_has_no_say(images):
+def test_weight_zero_is_logged_only(images):
     mixture = Mixture([(Brightness(), 1.0), (Best(True, "watched"), 0.0)])
     scores = mixture(images.requires_grad_(), PROMPTS)
     assert torch.equal(scores.total, Brightness()(images, PROMPTS).total)
@@ -71,7 +71,7 @@ def test_weight_zero_is_watched_and_has_no_say(images):
     assert mixture.about.differentiable
 
 
-def test_differentiable_if_all_with_a_say_are():
+def test_differentiable_if_all_of_positive_weight_are():
     yes, no = Best(True, "yes"), Best(False, "no")
     assert Mixture([(yes, 1.0)]).about.differentiable
     assert Mixture([(yes, 1.0), (no, 0.0)]).about.differentiable
@@ -87,7 +87,7 @@ def test_the_gradient_comes_from_the_differentiable_parts_alone(images):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_score_that_is_no_number_stops_the_run(images, value):
+def test_a_score_that_is_not_finite_stops_the_run(images, value):
     answer = torch.tensor([0.5, value])
     with pytest.raises(RewardError, match=f"^reward says gave the score {value} for the prompt 'a blue seven'$"):
         Mixture([(Brightness(), 1.0), (Says(answer), 1.0)])(images, PROMPTS)
@@ -109,7 +109,7 @@ def test_scores_of_another_shape_or_dtype_stop_the_run(images, answer, kind):
         score(Says(answer), images, PROMPTS)
 
 
-def test_pictures_that_are_none_stop_the_run(images):
+def test_invalid_images_stop_the_run(images):
     reward = Brightness()
     for wrong, kind in [
         (images[:1], r"float32 \[1, 3, 4, 4\] for 2 prompts \(the first is 'a red circle'\)"),
@@ -142,12 +142,12 @@ def test_the_error_travels_between_processes():
         ([(Brightness(), float("nan"))], "none may be negative"),
     ],
 )
-def test_members_that_make_no_mixture(members, said):
+def test_invalid_members(members, said):
     with pytest.raises(ValueError, match=said):
         Mixture(members)
 
 
-def test_clipped_scores_count_as_the_nearer_end():
+def test_clipped_scores_are_set_to_the_nearer_end():
     says = Says(torch.tensor([-2.0, 0.25]))
     assert Clipped(says, 0.0, 1.0)(torch.rand(2, 3, 4, 4), PROMPTS[:2]).total.tolist() == [0.0, 0.25]
     images = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)

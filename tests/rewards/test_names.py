@@ -9,6 +9,7 @@ import torch
 
 import rewards
 from diffusion.types import Prompt
+from runtime.experiment.config import InputError, read_experiment
 from worlds.glyphs import parse, render
 
 ROOM = Path(rewards.__file__).parent
@@ -82,6 +83,24 @@ def test_a_validator_s_message_is_kept_as_it_is():
     assert refused({"name": "brightness", "env": "E", "server": "http://S:1"}) == (
         "rewards.train.0: env 'E' and server 'http://S:1': at most one of the two is allowed"
     )
+
+
+def test_an_experiment_shows_the_error_unchanged():
+    """Once, with the key once and without pydantic's own prefix."""
+    quickstart = Path(__file__).parents[2] / "experiments/quickstart.yaml"
+    function = "{name: 'python:a.py:f', trl: true, differentiable: true}"
+    for override, line in (
+        ("rewards.heldout.0.weight=-1", "rewards.heldout.0.weight = -1: Input should be greater than or equal to 0"),
+        (
+            f"rewards.train=[{function}]",
+            "rewards.train.0.trl = True: the function gets 8-bit images, which have no gradient; "
+            "allowed with differentiable: False",
+        ),
+        ("rewards.train=[]", "rewards.train: no reward; at least one is needed"),
+    ):
+        with pytest.raises(InputError) as error:
+            read_experiment(quickstart, [override], allow_code=True)
+        assert str(error.value) == line
 
 
 def test_two_rewards_of_one_name_need_labels():

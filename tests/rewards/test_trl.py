@@ -1,4 +1,4 @@
-"""TRL's reward functions and ours, both ways."""
+"""TRL's reward functions as RewardModels, and the reverse."""
 
 import asyncio
 import math
@@ -18,7 +18,7 @@ IMAGES = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4).conti
 
 
 class Brightness:
-    """The mean of a picture, and what it was asked."""
+    """The mean of an image; records the prompts."""
 
     about = About("bright", differentiable=True)
 
@@ -39,7 +39,7 @@ class Lengths:
 
 
 class Abstains(Brightness):
-    """No score of black pictures."""
+    """No score of black images."""
 
     about = About("bright", differentiable=True, may_abstain=True)
 
@@ -67,7 +67,7 @@ def test_completions_are_drawn_and_scored_against_the_prompts():
     assert all(type(value) is float for value in given)
 
 
-def test_a_column_holds_what_was_asked_for_and_the_others_are_meta():
+def test_a_column_holds_the_captions_and_the_others_are_meta():
     reward, logged = Brightness(), {}
     f = as_trl_reward(reward, drawn, caption="original")
     columns = {"original": ["red", "blue"], "id": [7, 8], "wish": [0.5, None]}
@@ -101,7 +101,7 @@ def test_no_score_is_none():
     assert as_trl_reward(Abstains(), drawn)(["a", "b"], ["", "12345"]) == [None, 0.5]
 
 
-def test_pictures_that_cannot_be_scored_stop_the_run():
+def test_images_that_cannot_be_scored_stop_the_run():
     with pytest.raises(RewardError, match=r"reward bright got an image with values from 2 to 2 for the prompt 'a'"):
         as_trl_reward(Brightness(), drawn)(["a"], ["1" * 20])
 
@@ -109,7 +109,7 @@ def test_pictures_that_cannot_be_scored_stop_the_run():
 # TRL's for us
 
 
-def test_a_function_gets_texts_pictures_and_columns_as_keywords():
+def test_a_function_gets_texts_images_and_columns_as_keywords():
     got = {}
 
     def f(prompts, completions, **keywords):
@@ -129,8 +129,8 @@ def test_a_function_gets_texts_pictures_and_columns_as_keywords():
     assert got["wish"] == [0.5, None, 2.0]
     assert set(got) == {"prompts", "completions", "wish", "trainer_state", "log_extra", "log_metric"}
     assert got["trainer_state"] is None
-    assert all(isinstance(picture, Image.Image) for picture in got["completions"])
-    assert [picture.getpixel((0, 0)) for picture in got["completions"]] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+    assert all(isinstance(image, Image.Image) for image in got["completions"])
+    assert [image.getpixel((0, 0)) for image in got["completions"]] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
 
 
 def test_what_a_function_logs_is_extra():
@@ -169,10 +169,10 @@ def test_what_is_raised_names_reward_and_function():
         from_trl_reward(lambda log_extra, **_: log_extra("few", [1]) or [1.0] * 3, "f", "f")(IMAGES, PROMPTS)
 
 
-def test_there_and_back_keeps_scores_columns_and_logs():
+def test_a_round_trip_keeps_scores_columns_and_logs():
     def f(prompts, completions, wish, log_metric, **keywords):
         log_metric("calls", 1)
-        brightness = [picture.getpixel((0, 0))[0] / 255 for picture in completions]
+        brightness = [image.getpixel((0, 0))[0] / 255 for image in completions]
         return [None if text == "none" else b + w for text, b, w in zip(prompts, brightness, wish, strict=True)]
 
     logged = {}
@@ -183,7 +183,7 @@ def test_there_and_back_keeps_scores_columns_and_logs():
     assert logged == {"extra/calls": 1.0}
 
 
-def test_in_a_mixture_it_has_no_say_where_it_abstains():
+def test_in_a_mixture_it_is_excluded_where_it_abstains():
     mixture = Mixture([(Brightness(), 1), (from_trl_reward(lambda **_: [1.0, None, 0.0], "some"), 3)])
     scores = mixture(IMAGES, PROMPTS)
     assert scores.total.tolist() == [0.75, 0.5, 0.25]
@@ -199,7 +199,7 @@ def file(tmp_path):
     path.write_text(
         "def longer(prompts, completions, log_metric, **columns):\n"
         "    assert columns['wish'] == [0.5, None, 2.0]\n"
-        "    log_metric('pictures', len(completions))\n"
+        "    log_metric('images', len(completions))\n"
         "    return [len(p) if len(p) < 3 else None for p in prompts]\n"
         "def broken(images, prompts, **meta):\n    return images.no_such_thing\n"
         "def words(images, prompts, **meta):\n    return prompts\n"
@@ -214,7 +214,7 @@ def test_a_users_function_may_be_one_of_trls(file):
     scores = reward(IMAGES, PROMPTS)
     assert scores.total[:2].tolist() == [1.0, 2.0]
     assert scores.total[2].isnan()
-    assert scores.extra["pictures"].tolist() == [3.0] * 3
+    assert scores.extra["images"].tolist() == [3.0] * 3
     assert reward.about.may_abstain
     assert not reward.about.differentiable
 
@@ -234,6 +234,6 @@ def test_what_a_users_function_raises_is_a_reward_error(file, name, trl):
         mixture(IMAGES, prompts)
 
 
-def test_what_is_no_number_is_a_reward_error(file):
+def test_scores_that_are_not_numbers_are_a_reward_error(file):
     with pytest.raises(RewardError, match=f"^reward words: python:{file}:words did not return a list of numbers: "):
         build(resolve([{"name": f"python:{file}:words"}]))(IMAGES, PROMPTS)

@@ -11,7 +11,7 @@ PROMPTS = [Prompt("1", "a red circle"), Prompt("1", "a red circle"), Prompt("2",
 
 
 class Picky:
-    """The mean pixel. Fails on the prompts with these ids, so many times; remembers how many pictures it saw in each call."""
+    """The mean pixel. Fails on the prompts with these ids, `times` times; records how many images each call had."""
 
     about = About("picky", differentiable=True)
 
@@ -42,7 +42,7 @@ def images():
     return torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_retry_asks_again_and_waits_longer_each_time(images, capsys):
+def test_retry_calls_again_with_doubled_pauses(images, capsys):
     waits, picky = [], Picky("2", times=2)
     scores = Retried(picky, waits.append)(images, PROMPTS)
     assert torch.equal(scores.total, images.mean((1, 2, 3)))
@@ -82,7 +82,7 @@ def test_nothing_dropped_is_counted_as_zero_and_keeps_the_rest(images):
     assert scores.extra["seen"].tolist() == [1, 1, 1, 1]
 
 
-def test_a_dropped_picture_has_no_total_whatever_the_others_say(images):
+def test_a_dropped_image_has_no_total_even_if_others_score_it(images):
     mixture = Mixture([(Brightness(), 1.0), (Dropping(Picky("2")), 3.0)])
     scores = mixture(images.requires_grad_(), PROMPTS)
     assert scores.total.isnan().tolist() == [False, False, True, False]
@@ -123,29 +123,29 @@ def test_who_abstains_adds_nothing_to_normalized_rewards():
     torch.testing.assert_close(got, torch.tensor([(-half - 1) / 2, half / 2, 0.5]))
 
 
-def test_the_cache_asks_for_what_is_new_only(images):
+def test_the_cache_scores_new_images_only(images):
     picky = Picky()
     cached = Cached(picky, size=10)
     first = cached(images, PROMPTS).total
     assert torch.equal(cached(images[[3, 1]], [PROMPTS[3], PROMPTS[1]]).total, first[[3, 1]])
     assert picky.calls == [4]
     assert torch.allclose(cached(images, [*PROMPTS[:3], Prompt("4", "another")]).total, first)
-    assert picky.calls == [4, 1], "another prompt is another question"
+    assert picky.calls == [4, 1], "the cache is keyed by prompt too"
     changed = images.clone()
     changed[0, 0, 0, 0] = 0
     cached(changed, PROMPTS)
     assert picky.calls == [4, 1, 1]
 
 
-def test_the_cache_forgets_what_was_asked_for_longest_ago(images):
+def test_the_cache_evicts_the_least_recently_used(images):
     picky = Picky()
     cached = Cached(picky, size=2)
     for row in (0, 2, 0, 3, 0, 2):
         cached(images[row : row + 1], PROMPTS[row : row + 1])
-    assert len(picky.calls) == 4, "0, 2 and 3 are asked for, and 2 again"
+    assert len(picky.calls) == 4, "0, 2 and 3 are scored, and 2 again"
 
 
-def test_the_same_picture_twice_in_a_batch_is_scored_once(images):
+def test_the_same_image_twice_in_a_batch_is_scored_once(images):
     picky = Picky()
     total = Cached(picky, size=10)(images[[0, 0, 2]], [PROMPTS[0], PROMPTS[0], PROMPTS[2]]).total
     assert picky.calls == [2]
@@ -160,7 +160,7 @@ def test_a_cached_reward_keeps_its_gradient(images):
     assert torch.allclose(gradient, torch.full_like(images, 1 / 48))
 
 
-def test_a_wrapper_tells_what_the_scorer_tells():
+def test_a_wrapper_is_about_its_scorer():
     class Featured(Picky):
         about = About("picky", True, (-1.0, 1.0), may_abstain=True)
 
@@ -175,7 +175,7 @@ def test_a_wrapper_tells_what_the_scorer_tells():
     assert image_features(Retried(Brightness())) is None
 
 
-def test_an_entry_asks_for_its_wrappers(images):
+def test_an_entry_defines_its_wrappers(images):
     entries = [{"name": "brightness", "cache": 5, "clip": [0.0, 0.1], "on_error": "drop_group"}]
     ((reward, _),) = rewards.build(rewards.resolve(entries)).members
     assert isinstance(reward, Dropping)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_what_is_not_installed_is_named():
     compat.check_installed("x", ("torch", "json"))
-    with pytest.raises(ValueError, match=r"^backend 'x' needs no_such_a, no_such_b, not installed here; `make rewards`"):
+    with pytest.raises(ValueError, match=r"^backend 'x' needs no_such_a, no_such_b \(not installed\); run `make rewards`"):
         compat.check_installed("backend 'x'", ("no_such_a", "torch", "no_such_b"))
 
 
@@ -36,7 +36,7 @@ BROKEN_OTHERWISE = "raise RuntimeError('no space left')"
 
 
 def ensured(folder, source) -> str:
-    """What `ensure_torchvision` says, twice, in a process whose torchvision is this source."""
+    """What `ensure_torchvision` returns, twice, in a process whose torchvision is this source."""
     if source is not None:
         (folder / "torchvision").mkdir()
         (folder / "torchvision" / "__init__.py").write_text(source)
@@ -48,7 +48,7 @@ def ensured(folder, source) -> str:
 
 
 def test_torchvision_that_does_not_fit_torch(tmp_path):
-    """The stand-in fails as the real one does, whose compiled part cannot be loaded."""
+    """The fake fails like the real one, whose compiled part cannot be loaded."""
     assert ensured(tmp_path, OPERATOR_MISSING) == "declared declared"
 
 
@@ -74,7 +74,7 @@ def test_no_torchvision(tmp_path):
         (compat.no_fairscale, "fairscale", "fairscale.nn.checkpoint.checkpoint_activations", "checkpoint_wrapper"),
     ],
 )
-def test_stand_ins_are_there_only_while_something_is_imported(monkeypatch, fix, missing, module, name):
+def test_stubs_exist_only_during_an_import(monkeypatch, fix, missing, module, name):
     monkeypatch.setattr(compat, "find_spec", lambda asked: None if asked == missing else find_spec(asked))
     before = set(sys.modules)
     with fix():
@@ -91,11 +91,11 @@ def test_what_is_installed_is_left_alone(monkeypatch, fix):
         assert dict(sys.modules) == before
 
 
-def test_a_stand_in_says_so_when_it_is_used(monkeypatch):
+def test_a_stub_that_is_called_raises(monkeypatch):
     monkeypatch.setattr(compat, "find_spec", lambda asked: None)
     with compat.no_clip():
         load = import_module("clip").load
-    with pytest.raises(NotImplementedError, match=r"^clip\.load is only a stand-in"):
+    with pytest.raises(NotImplementedError, match=r"^clip\.load is a stub"):
         load("ViT-L/14")
 
 
@@ -120,9 +120,9 @@ def test_the_missing_vocabulary_is_read_from_open_clip(monkeypatch, tmp_path):
     assert gzip.open is original
 
 
-def test_no_vocabulary_anywhere(monkeypatch):
+def test_no_vocabulary(monkeypatch):
     monkeypatch.setattr(compat, "find_spec", lambda asked: None)
-    with pytest.raises(ValueError, match=r"^hpsv2 comes without bpe_simple_vocab_16e6\.txt\.gz, and open_clip"):
+    with pytest.raises(ValueError, match=r"^hpsv2 needs bpe_simple_vocab_16e6\.txt\.gz of open_clip"):
         compat.open_clip_vocabulary()
 
 

@@ -20,7 +20,7 @@ def test_a_folder_is_itself(clip_folder):
     assert model_folder(str(clip_folder), "clip") == clip_folder
 
 
-def test_folders_that_are_none(tmp_path):
+def test_invalid_folders(tmp_path):
     assert "no such file or folder; allowed: a local one or a hub id owner/name" in refused(tmp_path / "none")
     assert "no such file or folder" in refused("clip")
     assert "not a transformers model folder (no config.json)" in refused(tmp_path)
@@ -52,7 +52,7 @@ def response(status: int) -> httpx2.Response:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_the_hub_says_is_one_line(cache, monkeypatch, error, line):
+def test_errors_of_the_hub_are_one_line(cache, monkeypatch, error, line):
     def fail(*arguments, **options):
         raise error
 

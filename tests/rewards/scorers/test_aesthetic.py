@@ -83,8 +83,8 @@ def test_captions_do_not_matter(reward, images):
 
 
 def test_the_gradient_is_the_slope(reward, images):
-    pictures = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(pictures, PROMPTS).total.sum(), pictures)
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(leaf, PROMPTS).total.sum(), leaf)
     step = 1e-3 * gradient / gradient.abs().amax((1, 2, 3), keepdim=True)
     measured = (reward(images + step, PROMPTS).total - reward(images - step, PROMPTS).total) / 2
     assert measured == pytest.approx((gradient * step).sum((1, 2, 3)), rel=0.01)
@@ -134,7 +134,7 @@ def refused(file, act=read_head) -> str:
         ),
     ],
 )
-def test_heads_that_are_none(tensors, tmp_path, change, said):
+def test_invalid_heads(tensors, tmp_path, change, said):
     changed = {key: value for key, value in (tensors | change).items() if value is not None}
     torch.save(changed, tmp_path / "head.pth")
     assert refused(tmp_path / "head.pth").startswith(said)
@@ -145,7 +145,7 @@ class Code:
         return print, ("this must not run",)
 
 
-def test_files_that_are_no_heads(tensors, tmp_path, capsys):
+def test_files_that_are_not_heads(tensors, tmp_path, capsys):
     file = tmp_path / "head.pth"
     assert refused(file) == "no such file; the original is sac+logos+ava1-l14-linearMSE.pth"
     for written in (b"", b"<!DOCTYPE html>", b"PK\3\4 cut off"):

@@ -54,8 +54,8 @@ def test_equals_transformers_where_no_resizing_is_needed(reward, clip_folder):
 
 
 @pytest.mark.parametrize("size", [(48, 48), (40, 64), (70, 45), (24, 20)])
-def test_close_to_transformers_where_it_is(reward, clip_folder, size):
-    """On smooth pictures its rounding to 8 bits after each pass moves a pixel by one level, and the cosine by some 0.0002."""
+def test_close_to_transformers_with_resizing(reward, clip_folder, size):
+    """On smooth images its rounding to 8 bits after each pass moves a pixel by one level, and the cosine by some 0.0002."""
     coarse = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     images = eight_bit(torch.nn.functional.interpolate(coarse, size, mode="bilinear")) / 255
     theirs = CLIPImageProcessorPil.from_pretrained(clip_folder)(pil(images), return_tensors="pt").pixel_values
@@ -139,7 +139,7 @@ def refused(folder):
 
 
 def test_incomplete_folders(copy):
-    """transformers would make up whatever is missing: random weights, a tokenizer without words, OpenAI's sizes."""
+    """transformers would invent what is missing: random weights, a tokenizer without words, OpenAI's sizes."""
     weights = load_file(copy / "model.safetensors")
     left_out = "visual_projection.weight"
     save_file({k: v for k, v in weights.items() if k != left_out}, copy / "model.safetensors", {"format": "pt"})
@@ -160,7 +160,7 @@ def test_incomplete_folders(copy):
         ("crop_size", {"height": 40, "width": 40}, "crop_size (40, 40) exceeds size 32"),
     ],
 )
-def test_a_foreign_image_processor(copy, key, value, said):
+def test_another_image_processor(copy, key, value, said):
     file = copy / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     assert said in refused(copy)

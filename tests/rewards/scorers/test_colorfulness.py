@@ -36,7 +36,7 @@ def test_a_few_pixels(colors, expected):
     assert score(row(*colors)).item() == pytest.approx(expected, abs=1e-7)
 
 
-def test_the_most_colourful_picture_is_as_colourful_as_the_bounds_say():
+def test_the_most_colourful_image_reaches_the_bounds():
     # m of the docstring is 0.3 sqrt(1.25 / 1.09) = 0.32126 = 0.5 (2 share - 1), share 0.82126 of red and green.
     most = score(row(*[RED, GREEN] * 411, *[MAGENTA, CYAN] * 89)).item()
     assert most == pytest.approx((1.25 * 1.09) ** 0.5, abs=1e-5)
@@ -44,14 +44,14 @@ def test_the_most_colourful_picture_is_as_colourful_as_the_bounds_say():
     assert low < most < high < most + 1e-4
 
 
-def test_a_picture_s_own_grey_and_size_have_no_say():
+def test_the_grey_level_and_the_size_do_not_matter():
     noise = torch.rand(1, 3, 6, 4, generator=torch.Generator().manual_seed(0)) / 2
     assert score(noise + 0.4).item() == pytest.approx(score(noise).item(), abs=1e-6)
     assert score(noise.repeat(1, 1, 2, 3)).item() == pytest.approx(score(noise).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("colors", [(GREY, GREY, GREY), (BLACK, WHITE, GREY)])
-def test_the_gradient_of_a_grey_picture_is_0(colors):
+def test_the_gradient_of_a_grey_image_is_0(colors):
     images = row(*colors).requires_grad_()
     (gradient,) = torch.autograd.grad(score(images).sum(), images)
     assert torch.equal(gradient, torch.zeros_like(images))

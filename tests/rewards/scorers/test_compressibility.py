@@ -1,4 +1,4 @@
-"""The stand-in for JPEG's bits: its steps against Pillow and scipy, its sums by hand, its scores against real files."""
+"""The proxy of JPEG's bits: its steps against Pillow and scipy, its sums by hand, its scores against real files."""
 
 import math
 from io import BytesIO
@@ -53,9 +53,9 @@ def test_the_steps_are_those_that_pillow_writes(quality):
 
 
 def test_the_colours_are_those_of_pillow():
-    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(picture).convert("YCbCr")).astype(float) - 128
-    planes = ycbcr(torch.from_numpy(picture / 255).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(image).convert("YCbCr")).astype(float) - 128
+    planes = ycbcr(torch.from_numpy(image / 255).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
     assert np.abs(planes - expected).max() <= 1  # Pillow's are integers
 
 
@@ -92,7 +92,7 @@ def test_size_is_the_absolute_value_without_its_kink():
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (10, 12)])
-def test_a_flat_picture_costs_its_first_block_s_first_coefficients(height, width):
+def test_a_flat_image_costs_its_first_block_s_first_coefficients(height, width):
     """At quality 50 the first steps are 16 and 17; 256 pixels in four blocks."""
     assert score(flat((1, 1, 1), height, width), quality=50).item() == pytest.approx(-bits(8 * 127 / 16) / 256, abs=1e-7)
     luminance = bits(8 * (128 - 0.299 * 255) / 16)
@@ -116,10 +116,10 @@ def test_one_wave_costs_one_coefficient(vertical, step):
 
 @pytest.fixture(scope="module")
 def sweep():
-    """Six smooth pictures, each with 12 amounts of noise: [72, 3, 64, 64]."""
-    generator = torch.Generator().manual_seed(0)
-    smooth = F.interpolate(torch.rand(6, 3, 5, 5, generator=generator), (64, 64), mode="bicubic", align_corners=True)
-    noise = torch.randn(6, 3, 64, 64, generator=generator)
+    """Six smooth images, each with 12 amounts of noise: [72, 3, 64, 64]."""
+    rng = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.rand(6, 3, 5, 5, generator=rng), (64, 64), mode="bicubic", align_corners=True)
+    noise = torch.randn(6, 3, 64, 64, generator=rng)
     levels = torch.linspace(0, 0.4, 12)[:, None, None, None, None]
     return (smooth * 0.6 + 0.2 + levels * noise).clamp(0, 1).flatten(0, 1)
 
@@ -136,9 +136,9 @@ def test_lower_quality_costs_less(sweep):
     assert (scores.diff(dim=0) < 0).all()
 
 
-def test_nothing_costs_more_than_the_bounds_say():
-    generator = torch.Generator().manual_seed(0)
-    harsh = torch.rand(8, 3, 32, 32, generator=generator).round()
+def test_no_image_costs_more_than_the_bounds():
+    rng = torch.Generator().manual_seed(0)
+    harsh = torch.rand(8, 3, 32, 32, generator=rng).round()
     scores = score(harsh, quality=100)
     assert (scores > Compressibility.facts.bounds[0]).all()
     assert (scores < 0.7 * Compressibility.facts.bounds[0]).all()
@@ -151,7 +151,7 @@ def test_the_gradient_is_the_slope(size):
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 128 / 255, 1.0])
-def test_the_gradient_of_a_flat_picture_is_that_of_its_first_block_s_mean(level):
+def test_the_gradient_of_a_flat_image_is_that_of_its_first_block_s_mean(level):
     images = torch.full((1, 3, 12, 20), level, requires_grad=True)
     (gradient,) = torch.autograd.grad(score(images).sum(), images)
     assert gradient.isfinite().all()

@@ -51,14 +51,14 @@ def test_colours_of_one_luminance_have_no_contrast():
     assert score(row((red, 0, 0), (0, red * 0.2126 / 0.7152, 0))).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_the_gradient_of_a_black_picture_is_0():
+def test_the_gradient_of_a_black_image_is_0():
     images = torch.zeros(1, 3, 4, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(score(images).sum(), images)
     assert torch.equal(gradient, torch.zeros_like(images))
 
 
 @pytest.mark.parametrize("level", [0.1, 0.3, 0.7, 1.0])
-def test_the_gradient_of_a_flat_picture_is_finite(level):
+def test_the_gradient_of_a_flat_image_is_finite(level):
     images = torch.full((1, 3, 5, 7), level, requires_grad=True)
     (gradient,) = torch.autograd.grad(score(images).sum(), images)
     assert gradient.isfinite().all()

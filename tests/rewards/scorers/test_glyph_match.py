@@ -78,10 +78,10 @@ def test_nothing_or_too_much_is_punished():
 
 @pytest.mark.parametrize("background", [COLORS["green"], COLORS["white"], (0.5, 0.5, 0.5)])
 def test_any_background_will_do(background):
-    picture = torch.tensor(background)[:, None, None].expand(3, 32, 32).clone()
+    image = torch.tensor(background)[:, None, None].expand(3, 32, 32).clone()
     y, x = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
-    picture[:, (x - 16) ** 2 + (y - 16) ** 2 < 49] = torch.tensor(COLORS["red"])[:, None]
-    assert GlyphMatch()(picture[None], [Prompt("0", "a red circle")]).total.item() == pytest.approx(1.0)
+    image[:, (x - 16) ** 2 + (y - 16) ** 2 < 49] = torch.tensor(COLORS["red"])[:, None]
+    assert GlyphMatch()(image[None], [Prompt("0", "a red circle")]).total.item() == pytest.approx(1.0)
 
 
 def test_noise_scores_low():

@@ -155,7 +155,7 @@ def test_captions_are_cleaned():
 
 
 def test_preprocessing_in_numbers():
-    """A picture of the right size is only normalised; the crop's odd pixel goes where Python's round sends it."""
+    """An image of the right size is only normalised; the crop's odd pixel follows Python's round."""
     prepare = Preprocess(4, antialias=True)
     grey = prepare(torch.full((1, 3, 4, 4), 0.5))
     assert grey[0, :, 0, 0].tolist() == pytest.approx([0.0690, 0.1614, 0.3328], abs=1e-4)
@@ -217,7 +217,7 @@ def refused(**knobs) -> str:
         (lambda t: t.update({"visual.positional_embedding": torch.ones(16, 128)}), "is [16, 128], where CLIP has [17, 128]"),
     ],
 )
-def test_checkpoints_that_are_not_whole(knobs, tensors, tmp_path, change, said):
+def test_incomplete_checkpoints(knobs, tensors, tmp_path, change, said):
     change(tensors)
     torch.save({"state_dict": tensors}, tmp_path / "hps.pt")
     assert said in refused(**{**knobs, "weights": str(tmp_path / "hps.pt")})
@@ -235,7 +235,7 @@ class Trap:
         return (exec, ("raise SystemExit('code from the file ran')",))
 
 
-def test_files_that_are_no_checkpoint(knobs, tmp_path):
+def test_files_that_are_not_checkpoints(knobs, tmp_path):
     path = tmp_path / "hps.pt"
     for content in (Trap(), [1], {}, {"state_dict": {"a": 1}}):
         torch.save(content, path)
@@ -246,7 +246,7 @@ def test_files_that_are_no_checkpoint(knobs, tmp_path):
     assert "not a checkpoint of plain tensors" in refused(**{**knobs, "weights": str(tmp_path / "hps.safetensors")})
 
 
-def test_places_that_are_none(knobs, tmp_path, clip_folder):
+def test_places_that_do_not_exist(knobs, tmp_path, clip_folder):
     assert "no such file or folder" in refused(**{**knobs, "weights": "weights/hps.pt"})
     assert "no HPS_v2.1_compressed.pt in this folder" in refused(**{**knobs, "weights": str(tmp_path)})
     assert "no such file or folder" in refused(**{**knobs, "tokenizer": "clip"})
@@ -326,8 +326,8 @@ def checkpoint(tmp_path_factory, random_tensors_of):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """8-bit, so that a PIL picture is the same."""
+def eight_bit():
+    """8-bit, so that a PIL image is the same."""
     coarse = torch.rand(4, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     return (F.interpolate(coarse, (260, 331), mode="bilinear") * 255).round() / 255
 
@@ -340,7 +340,7 @@ def scores_and_gradient(score, images):
 
 
 @PACKAGES
-def test_equals_the_package_and_open_clip(real_vocabulary, checkpoint, pictures):
+def test_equals_the_package_and_open_clip(real_vocabulary, checkpoint, eight_bit):
     import open_clip
 
     prompts = [Prompt(str(i), text) for i, text in enumerate(CAPTIONS)]
@@ -357,17 +357,17 @@ def test_equals_the_package_and_open_clip(real_vocabulary, checkpoint, pictures)
         text = model.encode_text(open_clip.get_tokenizer("ViT-H-14")(CAPTIONS), normalize=True)
         return (model.encode_image(ours.preprocess(images), normalize=True) * text).sum(1)
 
-    scores, gradient = scores_and_gradient(lambda images: ours(images, prompts).total, pictures)
+    scores, gradient = scores_and_gradient(lambda images: ours(images, prompts).total, eight_bit)
     assert scores.std() > 0.01
     for other in (lambda images: theirs(images, prompts).total, with_open_clip):
-        other_scores, other_gradient = scores_and_gradient(other, pictures)
+        other_scores, other_gradient = scores_and_gradient(other, eight_bit)
         assert (scores - other_scores).abs().max() < 1e-5
         assert (gradient - other_gradient).norm() < 1e-4 * other_gradient.norm()
 
 
 @PACKAGES
-def test_equals_the_package_s_own_score(real_vocabulary, checkpoint, pictures):
-    """Its `img_score.score`, from a PIL picture, with its own transform. It wants a network to load the checkpoint into."""
+def test_equals_the_package_s_own_score(real_vocabulary, checkpoint, eight_bit):
+    """Its `img_score.score`, from a PIL image, with its own transform. It wants a network to load the checkpoint into."""
     from torchvision.transforms.functional import to_pil_image
 
     theirs = HPSv2(str(checkpoint), backend="hpsv2")
@@ -377,35 +377,35 @@ def test_equals_the_package_s_own_score(real_vocabulary, checkpoint, pictures):
         from hpsv2.src.open_clip import image_transform
     theirs.model.output_dict = True
     img_score.model_dict.update(model=theirs.model, preprocess_val=image_transform(224, is_train=False))
-    for image, text in zip(pictures, CAPTIONS, strict=True):
+    for image, text in zip(eight_bit, CAPTIONS, strict=True):
         (wanted,) = img_score.score(to_pil_image(image), text, cp=str(checkpoint))
         for reward in (ours, theirs):
             assert reward(image[None], [Prompt("0", text)]).total.item() == pytest.approx(float(wanted), abs=1e-5)
 
 
 @PACKAGES
-def test_both_back_ends_take_bfloat16(real_vocabulary, checkpoint, pictures):
+def test_both_back_ends_take_bfloat16(real_vocabulary, checkpoint, eight_bit):
     prompts = [Prompt(str(i), text) for i, text in enumerate(CAPTIONS)]
     exact, gradient = scores_and_gradient(
-        lambda images: HPSv2(str(checkpoint), backend="hpsv2")(images, prompts).total, pictures
+        lambda images: HPSv2(str(checkpoint), backend="hpsv2")(images, prompts).total, eight_bit
     )
     for knobs in ({"tokenizer": str(real_vocabulary)}, {"backend": "hpsv2"}):
         reward = HPSv2(str(checkpoint), **knobs, dtype="bfloat16")
         assert {parameter.dtype for parameter in reward.model.parameters() if parameter.ndim > 0} == {torch.bfloat16}
-        scores, coarse = scores_and_gradient(lambda images, reward=reward: reward(images, prompts).total, pictures)
+        scores, coarse = scores_and_gradient(lambda images, reward=reward: reward(images, prompts).total, eight_bit)
         assert (scores.dtype, coarse.dtype) == (torch.float32, torch.float32)
         assert 0 < (scores - exact).abs().max() < 0.1 * exact.std()
         assert F.cosine_similarity(coarse.flatten(1), gradient.flatten(1)).min() > 0.999
 
 
 @PACKAGES
-def test_prepares_pictures_as_the_package_to_the_last_bit(pictures):
+def test_prepares_images_as_the_package_to_the_last_bit(eight_bit):
     with compat.importing_hpsv2():
         from hpsv2.src.open_clip import image_transform
     from torchvision.transforms.functional import to_pil_image
 
     for size in ((260, 331), (333, 250), (224, 224), (97, 130)):
-        image = F.interpolate(pictures[:1], size).mul(255).round() / 255
+        image = F.interpolate(eight_bit[:1], size).mul(255).round() / 255
         theirs = image_transform(224, is_train=False)(to_pil_image(image[0]))
         assert torch.equal(Preprocess(224, antialias=True)(image)[0], theirs)
 

@@ -22,7 +22,7 @@ PACKAGE = pytest.mark.skipif(find_spec("ImageReward") is None, reason="image-rew
 
 @pytest.fixture
 def images():
-    """8-bit, so that a PIL picture is the same."""
+    """8-bit, so that a PIL image is the same."""
     return (render([parse(text) for text in TEXTS], seed=0) * 255).round() / 255
 
 
@@ -47,7 +47,7 @@ def pil(image):
 
 @pytest.fixture(scope="module")
 def package(reward, image_reward_folder):
-    """The package's own network: loaded by its own `load`, from the same file, for pictures of 32 pixels instead of 224."""
+    """The package's own network: loaded by its own `load`, from the same file, for images of 32 pixels instead of 224."""
     with compat.importing_image_reward():
         import ImageReward as RM
         from ImageReward.ImageReward import _transform
@@ -72,8 +72,8 @@ def test_equals_the_package_exactly_at_equal_pixels(knobs, reward, package, imag
 
 @PACKAGE
 @pytest.mark.parametrize("size", [(48, 48), (40, 64), (70, 45), (24, 20)])
-def test_close_to_the_package_where_pictures_are_resized(reward, package, size):
-    """PIL rounds to 8 bits after each pass: a pixel moves by little more than one level on smooth pictures."""
+def test_close_to_the_package_where_images_are_resized(reward, package, size):
+    """PIL rounds to 8 bits after each pass: a pixel moves by little more than one level on smooth images."""
     coarse = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     images = (F.interpolate(coarse, size, mode="bilinear") * 255).round() / 255
     theirs = torch.stack([package.preprocess(pil(image)) for image in images])
@@ -164,11 +164,11 @@ def refused(*arguments, **knobs) -> str:
         (lambda t: t.update({"mlp.layers.7.bias": torch.ones(2)}), "mlp.layers.7.bias is [2], where ImageReward has [1]"),
         (
             lambda t: t.pop("blip.visual_encoder.pos_embed"),
-            "not a checkpoint of ImageReward (no blip.visual_encoder.pos_embed of 3 axes)",
+            "(no blip.visual_encoder.pos_embed of 3 axes)",
         ),
     ],
 )
-def test_checkpoints_that_are_not_whole(knobs, copy, change, said):
+def test_incomplete_checkpoints(knobs, copy, change, said):
     tensors = read_checkpoint(copy / "ImageReward.pt")
     change(tensors)
     torch.save(tensors, copy / "changed.pt")
@@ -198,7 +198,7 @@ def test_a_tokenizer_of_another_network(knobs, copy):
 
 
 @PACKAGE
-def test_places_that_are_none(knobs, tmp_path):
+def test_places_that_do_not_exist(knobs, tmp_path):
     assert "no such file or folder" in refused(**{**knobs, "weights": "weights/ImageReward.pt"})
     assert "no ImageReward.pt in this folder" in refused(**{**knobs, "weights": str(tmp_path)})
     assert "(no vocab.txt or tokenizer.json)" in refused(**{**knobs, "tokenizer": str(tmp_path)})

@@ -24,7 +24,7 @@ def noise():
 
 
 def test_it_is_minus_the_kilobytes_of_pillow_s_file(noise):
-    """The convention's own call: whatever Pillow does at quality 95, which is 4:2:0 so far."""
+    """The convention's own call: Pillow's default at quality 95, which is 4:2:0."""
     for image, given in zip(noise, score(noise).tolist(), strict=True):
         file = BytesIO()
         Image.fromarray(np.rint(image.numpy() * 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=95)
@@ -47,7 +47,7 @@ def test_colours_are_kept_at_half_the_resolution():
     assert jpeg_bytes(stripes, 95) < full.tell()
 
 
-def test_pictures_are_rounded_to_8_bits():
+def test_images_are_rounded_to_8_bits():
     image = torch.zeros(1, 3, 16, 16)
     image[..., ::2] = 0.49 / 255
     assert torch.equal(score(image), score(torch.zeros(1, 3, 16, 16)))
@@ -60,7 +60,7 @@ def test_lower_quality_makes_smaller_files(noise):
     assert (scores.diff(dim=0) < 0).all()
 
 
-def test_no_gradient_and_no_trace_of_it(noise):
+def test_no_gradient(noise):
     scores = score(noise.requires_grad_())
     assert not scores.requires_grad
     assert torch.equal(scores, score(noise.detach()))

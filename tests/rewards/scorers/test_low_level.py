@@ -18,7 +18,7 @@ def flat(red, green, blue):
     ("color", "brightness"),
     [((0, 0, 0), 0), ((1, 1, 1), 1), ((1, 0, 0), 0.2126), ((0, 1, 0), 0.7152), ((0, 0, 1), 0.0722), ((0.5, 0.5, 0.5), 0.5)],
 )
-def test_brightness_of_a_flat_picture(color, brightness):
+def test_brightness_of_a_flat_image(color, brightness):
     assert Brightness()(flat(*map(float, color)), PROMPT).total.item() == pytest.approx(brightness, abs=1e-6)
 
 

@@ -17,9 +17,9 @@ PACKAGE = pytest.mark.skipif(bool(compat.missing(OCR.facts.packages)), reason="r
 
 def written(text, side=128, size=32):
     """[1, 3, side, side] with the text in its middle, size pixels high."""
-    picture = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(picture).text((side / 2, side / 2), text, "black", ImageFont.load_default(size), anchor="mm", align="center")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    image = Image.new("RGB", (side, side), "white")
+    ImageDraw.Draw(image).text((side / 2, side / 2), text, "black", ImageFont.load_default(size), anchor="mm", align="center")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
 def prompts(*captions):
@@ -100,23 +100,23 @@ def test_requested_text():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The pictures that a stand-in for the reader got; it reads how bright they are, 0 to 255."""
-    pictures = []
+    """The images that a fake reader got; it reads their brightness, 0 to 255."""
+    images = []
 
-    def read(picture):
-        pictures.append(picture)
-        return str(picture.max())
+    def read(image):
+        images.append(image)
+        return str(image.max())
 
     monkeypatch.setattr(ocr, "reader", lambda *_: read)
-    return pictures
+    return images
 
 
-def test_each_picture_is_read_in_8_bits_and_set_against_its_caption(seen):
+def test_each_image_is_read_in_8_bits_and_compared_with_its_caption(seen):
     images = torch.tensor([1.0, 0.2, 0.0]).view(3, 1, 1, 1).expand(3, 3, 4, 5).clone()
     images[1, 2] = 0.5
     scores = OCR()(images, prompts('"255"', '"1 2 9"', '"no"'))
     assert scores.total.tolist() == [1.0, pytest.approx(2 / 3), 0.0]  # 128 for 129
-    assert [picture.shape for picture in seen] == [(4, 5, 3)] * 3
+    assert [image.shape for image in seen] == [(4, 5, 3)] * 3
     assert seen[1].dtype == np.uint8
     assert seen[1][0, 0].tolist() == [51, 51, 128]
 
@@ -128,13 +128,11 @@ def test_a_caption_without_text_stops_before_anything_is_read(seen, caption):
     assert seen == []
 
 
-def test_without_the_package_there_is_one_line(monkeypatch):
+def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr(compat, "missing", lambda modules: [name for name in modules if name == "rapidocr"])
     entries = rewards.resolve([{"name": "ocr"}])
     for attempt in (lambda: rewards.check(entries), OCR):
-        with pytest.raises(
-            ValueError, match=r"^ocr needs rapidocr, not installed here; `make rewards` installs what it takes$"
-        ):
+        with pytest.raises(ValueError, match=r"^ocr needs rapidocr \(not installed\); run `make rewards`$"):
             attempt()
 
 
@@ -164,10 +162,10 @@ def test_the_reader_gets_the_channels_it_takes(monkeypatch):
     from rapidocr.utils.output import RapidOCROutput
 
     got = []
-    monkeypatch.setattr(ocr, "_engine", lambda *_: lambda picture, **_: got.append(picture) or RapidOCROutput())
-    picture = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    assert ocr.reader()(picture) == ""
-    assert np.array_equal(got[0], LoadImage()(Image.fromarray(picture)))
+    monkeypatch.setattr(ocr, "_engine", lambda *_: lambda image, **_: got.append(image) or RapidOCROutput())
+    image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    assert ocr.reader()(image) == ""
+    assert np.array_equal(got[0], LoadImage()(Image.fromarray(image)))
 
 
 @PACKAGE
@@ -215,7 +213,7 @@ def test_a_recogniser_of_one_s_own(tmp_path):
 
 
 @PACKAGE
-def test_a_recogniser_that_is_none(tmp_path):
+def test_invalid_recognisers(tmp_path):
     (tmp_path / "words.onnx").write_text("words")
     detector, _ = ocr._models("")
     for weights, problem in (

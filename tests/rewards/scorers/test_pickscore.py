@@ -18,7 +18,7 @@ FACTOR = 90.0
 
 @pytest.fixture(scope="module")
 def folder(clip_folder, tmp_path_factory):
-    """A CLIP whose factor is none that transformers would make up."""
+    """A CLIP whose factor is not transformers' initial one."""
     folder = shutil.copytree(clip_folder, tmp_path_factory.mktemp("pickscore") / "clip")
     tensors = load_file(folder / "model.safetensors") | {"logit_scale": torch.tensor(math.log(FACTOR))}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -36,7 +36,7 @@ def images():
 
 
 def test_equals_transformers(reward, folder, images):
-    """Every picture with every caption, as CLIPModel's own logits; captions padded to one length."""
+    """Every image with every caption, as CLIPModel's own logits; captions padded to one length."""
     model = CLIPModel.from_pretrained(folder).eval()
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(
         [(image * 255).byte().permute(1, 2, 0).numpy() for image in images], return_tensors="pt"
@@ -65,8 +65,8 @@ def test_bfloat16_leaves_the_factor_alone(folder):
 
 def test_the_gradient_is_the_factor_times_the_cosine_s(reward, folder, images):
     def gradient(of):
-        pictures = images.clone().requires_grad_()
-        return torch.autograd.grad(of(pictures, PROMPTS).total.sum(), pictures)[0]
+        leaf = images.clone().requires_grad_()
+        return torch.autograd.grad(of(leaf, PROMPTS).total.sum(), leaf)[0]
 
     cosine = gradient(CLIPScore(str(folder)))
     assert cosine.abs().max() > 0
@@ -74,8 +74,8 @@ def test_the_gradient_is_the_factor_times_the_cosine_s(reward, folder, images):
 
 
 def test_the_gradient_is_the_slope(reward, images):
-    pictures = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(pictures, PROMPTS).total.sum(), pictures)
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(leaf, PROMPTS).total.sum(), leaf)
     step = 1e-3 * gradient / gradient.abs().amax((1, 2, 3), keepdim=True)
     measured = (reward(images + step, PROMPTS).total - reward(images - step, PROMPTS).total) / 2
     assert measured == pytest.approx((gradient * step).sum((1, 2, 3)), rel=0.01)
@@ -106,7 +106,7 @@ def test_the_published_weights_are_the_default():
     assert PickScore.Config().weights == "yuvalkirstain/PickScore_v1"
 
 
-def test_a_folder_that_is_none(tmp_path):
+def test_an_invalid_folder(tmp_path):
     for act in (lambda: PickScore(str(tmp_path)), lambda: PickScore.check(str(tmp_path), 8)):
         with pytest.raises(ValueError, match=r"^weights .*: not a transformers model folder \(no config\.json\)$"):
             act()

@@ -24,7 +24,7 @@ def file(tmp_path):
     return path
 
 
-def test_a_function_gets_pictures_captions_and_columns(file):
+def test_a_function_gets_images_captions_and_columns(file):
     entries = resolve([{"name": f"python:{file}:lengths"}, {"name": f"python:{file}:bright", "label": "light", "weight": 3}])
     assert [entry["label"] for entry in entries] == ["lengths", "light"]
     check(entries)
@@ -35,7 +35,7 @@ def test_a_function_gets_pictures_captions_and_columns(file):
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_gradients_flow_only_where_the_experiment_says_so(file, differentiable):
+def test_gradients_flow_only_if_declared(file, differentiable):
     entry = {"name": f"python:{file}:bright", "differentiable": differentiable}
     mixture = build(resolve([entry]))
     assert mixture.about.differentiable is differentiable
@@ -72,12 +72,12 @@ def test_a_function_of_a_module():
         ("python:f", "allowed are python:FILE.py:FUNCTION and python:MODULE.FUNCTION"),
     ],
 )
-def test_what_is_not_there_is_said_before_anything_runs(file, name, message):
+def test_missing_functions_are_reported_before_anything_runs(file, name, message):
     with pytest.raises(ValueError, match=message):
         check(resolve([{"name": name.replace("FILE", str(file))}]))
 
 
-def test_a_function_that_answers_for_other_pictures_stops_the_run(file):
+def test_a_wrong_number_of_scores_stops_the_run(file):
     mixture = build(resolve([{"name": f"python:{file}:short"}]))
     with pytest.raises(RewardError, match="reward short gave scores float32 \\[1\\] for 3 prompts"):
         score(mixture.members[0][0], IMAGES, PROMPTS)

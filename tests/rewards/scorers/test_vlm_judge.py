@@ -29,7 +29,7 @@ def new(server):
 
 
 def flat(*levels):
-    """Grey pictures of so many 255ths."""
+    """Grey images of these values, in 255ths."""
     return torch.tensor(levels)[:, None, None, None].expand(-1, 3, 4, 6) / 255
 
 
@@ -59,25 +59,25 @@ def test_the_range_is_the_user_s(new, server, answer, score):
 
 
 def test_what_is_sent(new, server):
-    picture = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     template = "Is it {prompt}? From {low} to {high}, as JSON {}"
-    new(template=template, high=7.5, options={"max_tokens": 3}, label="judge")(picture, [Prompt("1", "a {low} sun")])
+    new(template=template, high=7.5, options={"max_tokens": 3}, label="judge")(image, [Prompt("1", "a {low} sun")])
     (asked,) = server.asked
     assert asked.path == "/v1/chat/completions"
     assert asked.text == "Is it a {low} sun? From 0 to 7.5, as JSON {}"
-    assert asked.picture.tolist() == (picture[0] * 255).round().byte().permute(1, 2, 0).tolist()
+    assert asked.image.tolist() == (image[0] * 255).round().byte().permute(1, 2, 0).tolist()
     assert set(asked.body) == {"model", "messages", "max_tokens"}
     assert (asked.body["model"], asked.body["max_tokens"]) == ("m", 3)
     assert "Authorization" not in asked.headers
 
 
-def test_the_order_of_scores_is_that_of_the_pictures(new, server):
-    """All four are asked about at once, and answered from the last to the first."""
+def test_the_order_of_scores_is_that_of_the_images(new, server):
+    """All four requests are sent at once, and answered from the last to the first."""
     together, answered = threading.Barrier(4), [threading.Event() for _ in range(5)]
     answered[4].set()
 
     def reply(asked):
-        place = int(asked.picture[0, 0, 0]) // 10
+        place = int(asked.image[0, 0, 0]) // 10
         together.wait(20)
         assert answered[place + 1].wait(20)
         answered[place].set()
@@ -87,7 +87,7 @@ def test_the_order_of_scores_is_that_of_the_pictures(new, server):
     assert new(concurrency=4, retries=0)(flat(0, 10, 20, 30), PROMPTS).total.tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
-def test_no_more_than_concurrency_requests_are_under_way(new, server):
+def test_at_most_concurrency_requests_are_open(new, server):
     pair, lock, now, most = threading.Barrier(2), threading.Lock(), [0], [0]
 
     def reply(asked):
@@ -105,7 +105,7 @@ def test_no_more_than_concurrency_requests_are_under_way(new, server):
     assert most == [2]
 
 
-def test_busy_servers_are_asked_again(new, server):
+def test_requests_to_busy_servers_are_repeated(new, server):
     failing = [server.Reply(status, {"error": {"message": "later"}}) for status in (429, 500, 503)]
     server.reply = in_turn(*failing, server.says("Score: 4"))
     judge = new(retries=3)
@@ -135,7 +135,7 @@ def test_waits_double(new, server, waited):
 
 
 @pytest.mark.parametrize(("asked_for", "seconds"), [("7", 7), ("1", 3), ("3600", 60), ("Fri, 31 Dec 1999 23:59:59 GMT", 3)])
-def test_waits_are_as_long_as_the_server_says_within_reason(new, server, waited, asked_for, seconds):
+def test_waits_are_as_long_as_the_server_requires_up_to_a_limit(new, server, waited, asked_for, seconds):
     server.reply = in_turn(server.Reply(429, {}, {"Retry-After": asked_for}), server.says("Score: 4"))
     new(backoff=3)(flat(9), PROMPTS[:1])
     assert waited == [seconds]
@@ -200,7 +200,7 @@ def test_answers_that_are_read(answer, number):
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ("a good picture", "has 0 matches of"),
+        ("a good image", "has 0 matches of"),
         ("", "has 0 matches of"),
         ("Score: seven", "has 0 matches of"),
         ("Score: 7/10", "has 0 matches of"),
@@ -210,7 +210,7 @@ def test_answers_that_are_read(answer, number):
         ("Score: -1", "has the number -1; allowed: 0 to 10"),
     ],
 )
-def test_answers_that_are_not_guessed_at(new, server, answer, said):
+def test_answers_without_exactly_one_number(new, server, answer, said):
     server.reply = lambda asked: server.says(answer)
     error = failure(new(), 9)
     assert error.startswith(f"reward vlm_judge, prompt 'a red circle': the answer {answer!r} {said}")
@@ -220,7 +220,7 @@ def test_answers_that_are_not_guessed_at(new, server, answer, said):
 @pytest.mark.parametrize(
     ("answer", "said"), [("= nan", "the number nan; allowed"), ("= x", "has 'x' where a number is needed")]
 )
-def test_answers_under_a_pattern_of_one_s_own(new, server, answer, said):
+def test_answers_with_another_pattern(new, server, answer, said):
     server.reply = lambda asked: server.says(answer)
     assert said in failure(new(pattern="= (.*)"), 9)
 
@@ -229,13 +229,13 @@ def test_answers_under_a_pattern_of_one_s_own(new, server, answer, said):
     "body",
     [b"<html>", {}, [], {"choices": []}, {"choices": [{"message": {"content": None}}]}, {"choices": [{"text": "Score: 1"}]}],
 )
-def test_replies_that_are_no_completions(new, server, body):
+def test_replies_that_are_not_completions(new, server, body):
     server.reply = lambda asked: server.Reply(200, body)
     shown = body.decode() if isinstance(body, bytes) else json.dumps(body)
     assert f"sent no chat completion: {shown!r}" in failure(new(), 9)
 
 
-def test_nothing_is_asked_after_a_failure(new, server):
+def test_no_request_after_a_failure(new, server):
     server.reply = lambda asked: server.says("no")
     assert "'a red circle'" in failure(new(concurrency=1), 0, 1, 2, 3)
     assert len(server.asked) == 1
@@ -255,7 +255,7 @@ def test_repeated_requests_count(new, server):
     assert len(server.asked) == 2
 
 
-def test_the_key_comes_from_the_environment_and_is_kept_nowhere(new, server, monkeypatch):
+def test_the_key_comes_from_the_environment_and_is_not_stored(new, server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
     judge = new(api_key_env="JUDGE_KEY")
     judge(flat(9), PROMPTS[:1])
@@ -267,7 +267,7 @@ def test_the_key_comes_from_the_environment_and_is_kept_nowhere(new, server, mon
     assert "the answer '***!' has 0 matches" in failure(judge, 9)
 
 
-def test_a_key_that_is_not_there(new, server, monkeypatch):
+def test_a_missing_key(new, server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     judge = new(api_key_env="JUDGE_KEY")
     for value in ("", " "):
@@ -318,7 +318,7 @@ def test_wrong_knobs(knobs, said):
         {"api_key": "secret"},
     ],
 )
-def test_secrets_in_the_wrong_place_are_refused_and_not_repeated(knobs):
+def test_secrets_in_other_knobs_are_refused_and_not_shown(knobs):
     said = refused(**knobs)
     assert "secret" not in said.lower()
 

@@ -1,4 +1,4 @@
-"""A scorer in this process, behind HTTP, and behind the wire that Ray's actors use, must be one and the same."""
+"""A scorer in this process, over HTTP, and over the messages that Ray's actors use must give the same scores."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ PROMPTS = [Prompt("1", "a red circle", {"place": "left", "n": [1, 2]}), Prompt("
 
 
 class Near:
-    """The wire without a network: a `Transport` that counts."""
+    """The messages without a network: a `Transport` that records requests."""
 
     def __init__(self, host):
         self.host, self.about, self.requests = host, read_about(json.loads(json.dumps(asdict(host.about())))), []
@@ -61,7 +61,7 @@ def serve():
 
 @pytest.fixture(params=["symmetry", "compressibility", "clip_score", "glyph_match", "jpeg_size"])
 def everywhere(request, clip_folder, serve):
-    """One reward in three places: here, behind the wire, behind HTTP."""
+    """One reward in three places: in this process, over the messages alone, over HTTP."""
     given = entry(name=request.param, **({"weights": str(clip_folder)} if request.param == "clip_score" else {}))
     host = EntryHost(given, "cpu")
     here = rewards.scorer(request.param)(label=request.param, **own_knobs(given))
@@ -88,7 +88,7 @@ def test_scores_and_gradients_are_the_same_in_all_places(everywhere, images):
         assert (gradients[1] - gradients[0]).abs().max() <= 1e-5 * gradients[0].abs().max()
 
 
-def test_the_gradient_is_asked_for_only_where_it_is_wanted(images):
+def test_the_gradient_is_requested_only_if_needed(images):
     near = Near(EntryHost(entry(name="symmetry"), "cpu"))
     reward = RemoteReward(near, "mine")
     reward(images, PROMPTS)
@@ -106,20 +106,20 @@ def test_there_is_no_second_derivative(images):
         gradient.sum().backward()
 
 
-def test_a_request_says_all_of_it(images):
+def test_a_request_is_complete(images):
     got, prompts, gradient = read_request(write_request(images, PROMPTS, gradient=True))
     assert torch.equal(got, images)
     assert prompts == PROMPTS
     assert gradient
 
 
-def test_what_is_no_request():
+def test_invalid_requests():
     for wrong in (b"", b"x" * 100, write_request(torch.zeros(1), [], False)[:50]):
         with pytest.raises(RewardError, match=r"^not a request for scores: "):
             read_request(wrong)
 
 
-def test_what_a_reward_says_beside_its_score_comes_along(images, tmp_path):
+def test_extra_values_are_transferred(images, tmp_path):
     (tmp_path / "f.py").write_text(
         "def f(prompts, completions, log_metric, **columns):\n    log_metric('length', 5.0)\n    return [None, 0.5]\n"
     )
@@ -129,7 +129,7 @@ def test_what_a_reward_says_beside_its_score_comes_along(images, tmp_path):
     assert scores.extra["length"].tolist() == [5.0, 5.0]
 
 
-def test_any_failure_there_is_a_reward_error_here(images, tmp_path, serve):
+def test_every_failure_of_the_host_is_a_reward_error(images, tmp_path, serve):
     (tmp_path / "f.py").write_text("def f(images, prompts, **meta):\n    return {}[0]\n")
     host = EntryHost(entry(name=f"python:{tmp_path}/f.py:f"), "cpu")
     for ask in (Near(host), Client(serve(host), "f")):
@@ -153,7 +153,7 @@ def png(value, side=4):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def test_the_server_speaks_json(serve):
+def test_the_server_answers_json(serve):
     url = serve(EntryHost(entry(name="brightness"), "cpu"))
     with urllib.request.urlopen(url + "/") as response:
         assert json.load(response) == asdict(About("brightness", True)) | {"bounds": [0.0, 1.0]}
@@ -169,14 +169,14 @@ def test_the_server_speaks_json(serve):
     [
         ("/score", {"prompts": ["a"], "images": []}, "application/json", 400, "one image for each prompt"),
         ("/score", {"prompts": ["a", "b"], "images": ["4", "8"]}, "application/json", 400, "4x4, 8x8 pixels"),
-        ("/score", {"prompts": ["a"], "images": ["no picture"]}, "application/json", 400, "PNG in base64"),
+        ("/score", {"prompts": ["a"], "images": ["no image"]}, "application/json", 400, "PNG in base64"),
         ("/score", {"images": ["4"]}, "application/json", 400, "KeyError: 'prompts'"),
         ("/score", "no tensors", "application/octet-stream", 400, "not a request for scores"),
         ("/score", "a pickle", "application/x-pickle", 404, "allowed is /score"),
-        ("/elsewhere", {}, "application/json", 404, "allowed is /score"),
+        ("/other", {}, "application/json", 404, "allowed is /score"),
     ],
 )
-def test_the_server_says_in_one_line_what_is_wrong(serve, path, body, kind, status, words):
+def test_the_server_s_errors_are_one_line(serve, path, body, kind, status, words):
     if isinstance(body, dict) and "images" in body:
         body["images"] = [png(0, int(size)) if size.isdecimal() else size for size in body["images"]]
     got, said = post(serve(EntryHost(entry(name="brightness"), "cpu")) + path, json.dumps(body).encode(), kind)
@@ -185,7 +185,7 @@ def test_the_server_says_in_one_line_what_is_wrong(serve, path, body, kind, stat
     assert "\n" not in said["error"]
 
 
-def test_a_server_that_is_none(serve, chat_server):
+def test_invalid_servers(serve, chat_server):
     with pytest.raises(ValueError, match=r"^server 'http://127.0.0.1:9': does not answer as a reward server: "):
         Client("http://127.0.0.1:9", "brightness")
     with pytest.raises(ValueError, match="allowed is http://HOST:PORT"):
@@ -197,7 +197,7 @@ def test_a_server_that_is_none(serve, chat_server):
         Client(url, "symmetry")
 
 
-def test_a_server_that_went_away(images):
+def test_a_server_that_stopped(images):
     serving = server(EntryHost(entry(name="brightness"), "cpu"))
     threading.Thread(target=serving.serve_forever, args=[0.02], daemon=True).start()
     client = Client(f"http://127.0.0.1:{serving.server_port}", "brightness")
@@ -219,7 +219,7 @@ def test_an_entry_names_its_server(serve, images):
         rewards.check(rewards.resolve([{"name": "brightness", "server": "http://127.0.0.1:9"}]))
 
 
-def test_what_a_server_runs_need_not_be_known_here():
+def test_a_server_may_run_an_unknown_reward():
     (resolved,) = rewards.resolve([{"name": "hpsv3", "server": "http://gpu:8000"}])
     assert resolved["label"] == "hpsv3"
     with pytest.raises(ValueError, match=r"^rewards\.0\.weights: unknown key"):

@@ -1,5 +1,5 @@
-"""Scorers with another interpreter. The environment here has our own packages, through a .pth file: another interpreter all the
-same, and made in a second."""
+"""Scorers with another interpreter. The environment of these tests has our own packages, through a .pth file: it is another
+interpreter, and is made in a second."""
 
 import json
 import os
@@ -104,14 +104,14 @@ def test_an_environment_that_does_not_fit_is_refused(tmp_path, says, words):
         check_rewards([entry(name="brightness", env=env)])
 
 
-def test_an_environment_that_is_not_there():
+def test_a_missing_environment():
     with pytest.raises(
         ValueError, match=r"^env 'envs/none': no such file: .*/envs/none/bin/python; make it with `odeon env build none`$"
     ):
         check_rewards([entry(name="brightness", env="envs/none")])
 
 
-def test_what_the_scorer_lacks_is_found_there(twin, tmp_path):
+def test_missing_files_are_found_in_the_environment(twin, tmp_path):
     with pytest.raises(ValueError, match=rf"^env '{twin}': weights '{tmp_path}/no': no such file or folder"):
         check_rewards([entry(name="clip_score", weights=f"{tmp_path}/no", env=twin)])
 

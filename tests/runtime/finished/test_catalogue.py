@@ -21,7 +21,7 @@ def grey(tmp_path):
     return tmp_path / "grey.png"
 
 
-def test_pictures_of_any_size_are_scored(grey, tmp_path):
+def test_images_of_any_size_are_scored(grey, tmp_path):
     Image.new("RGBA", (32, 32), (255, 255, 255, 0)).save(tmp_path / "white.png")
     rows = score_files("brightness, {name: symmetry, label: mirror}", [grey, tmp_path / "white.png"], "a red circle", False)
     assert rows == [
@@ -30,12 +30,12 @@ def test_pictures_of_any_size_are_scored(grey, tmp_path):
     ]
 
 
-def test_the_picture_is_read_channels_first(tmp_path):
+def test_the_image_is_read_channels_first(tmp_path):
     (tmp_path / "mine.py").write_text("def corner(images, prompts, **meta):\n    return images[:, 2, 0, 1]\n")
     Image.new("RGB", (2, 1)).save(tmp_path / "two.png")
-    picture = Image.open(tmp_path / "two.png")
-    picture.putpixel((1, 0), (0, 0, 255))
-    picture.save(tmp_path / "two.png")
+    image = Image.open(tmp_path / "two.png")
+    image.putpixel((1, 0), (0, 0, 255))
+    image.save(tmp_path / "two.png")
     rows = score_files(f"python:{tmp_path}/mine.py:corner", [tmp_path / "two.png"], "x", True)
     assert rows[0]["corner"] == "1.0000"
 
@@ -58,7 +58,7 @@ def test_a_reward_that_cannot_score_is_one_line(grey, reward, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_picture(tmp_path):
+def test_a_file_that_is_not_an_image(tmp_path):
     (tmp_path / "words.png").write_text("words")
     for name in ("words.png", "missing.png"):
         with pytest.raises(InputError, match=f"{name}: not a readable image"):
@@ -86,10 +86,11 @@ def test_the_table_has_every_reward():
     }
     assert rows["glyph_match"]["gradient"] == "no"
     assert rows["image_reward"]["range"] == "[-inf, inf]"
+    assert rows["clip_score"]["licence"] == "the model's"
     assert rows["pickscore"]["licence"] == "MIT (code), none stated (weights)"
 
 
-def test_the_table_says_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path):
+def test_the_table_shows_required_knobs_and_downloads(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise AssertionError("the table asks the network")
 
@@ -118,7 +119,7 @@ def test_the_table_says_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path
     assert table()["aesthetic"]["weights"] == "give head; in the cache: openai/clip-vit-large-patch14"
 
 
-def test_the_table_says_which_rewards_need_more_than_the_core(monkeypatch):
+def test_the_table_shows_which_rewards_need_more_than_the_core(monkeypatch):
     asked, absent = list[str](), "ImageReward"
 
     def find_spec(name):
