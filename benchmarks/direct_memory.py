@@ -69,6 +69,7 @@ def main() -> None:
         trained = tuple(sorted(steps - t for t in equally_spaced(1, K, steps))) if drtune else range(steps)
         rows = DirectRows(noise, condition, prompts, trained, steps - 1)
         tools = Tools(
+            step=1,
             predict=generator,
             path=generator.path,
             solver=SOLVERS["euler"],

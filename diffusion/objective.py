@@ -18,8 +18,10 @@ from diffusion.types import Cost, Follows, Loss, Plan, Rollout, RunSettings, Sco
 
 @dataclass(frozen=True)
 class Tools:
-    """What an objective works with in the learner."""
+    """What an objective works with in the learner, for one training step."""
 
+    step: int
+    """1, 2, ..."""
     predict: Predict
     """The experiment's guidance included."""
     path: Path
@@ -34,7 +36,7 @@ class Tools:
 
     @property
     def steps(self) -> int:
-        """S"""
+        """S, solver steps"""
         return len(self.grid) - 1
 
 

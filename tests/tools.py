@@ -13,6 +13,7 @@ def tools(
     predict=None,
     path=None,
     *,
+    step=1,
     seed=0,
     solver=SOLVERS["euler"],
     grid=None,
@@ -20,4 +21,4 @@ def tools(
     codec=None,
 ):
     grid = torch.linspace(1, 0, 6, dtype=torch.float64) if grid is None else grid
-    return Tools(predict, path or RectifiedFlow(), solver, grid, judge, codec, torch.Generator().manual_seed(seed))
+    return Tools(step, predict, path or RectifiedFlow(), solver, grid, judge, codec, torch.Generator().manual_seed(seed))

@@ -127,6 +127,7 @@ class Trainer:
 
     def tools(self, step: int) -> Tools:
         return Tools(
+            step=step,
             predict=self.predict,
             path=self.generator.path,
             solver=SOLVERS[self.experiment.rollouts.solver],

@@ -1,6 +1,7 @@
-"""Objectives that are no method: each needs one thing of the runtime that no method of the product needs yet.
+"""Objectives that are not methods: each needs one thing of the runtime that no method of the product needs yet.
 
-Importing this file registers them, also in a Ray actor, which imports it to unpickle a probe's config.
+One run has them all, three steps each, because a run's processes take longer to start than the steps. Importing this file
+registers it, also in a Ray actor, which imports this file to unpickle the config.
 
 | probe         | what it needs                                                         | like          |
 | ------------- | --------------------------------------------------------------------- | ------------- |
@@ -29,9 +30,10 @@ SIZE = 8 * 8 * 8
 """Elements of a glyph latent."""
 
 
-class ProbeConfig(BaseModel):
+class ProbesConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     needs_reward_gradient: ClassVar[bool] = False
+    algorithm: Literal["probes"] = "probes"
 
     def cost(self, solver, grid):
         return Cost(1, 0)
@@ -77,9 +79,6 @@ def rows_at(rollout, states: Sequence[int], target, weight=None):
 class Probe(Objective):
     """Imitates a target prediction, weighted by the credit."""
 
-    def __init__(self, config):
-        self.config = config
-
     def loss(self, player, items, tools):
         prediction = tools.predict(items.x, items.t, items.condition, player)
         error = (prediction - items.target).square().flatten(1).mean(1)
@@ -88,15 +87,8 @@ class Probe(Objective):
         )
 
 
-class TwoPlayersConfig(ProbeConfig):
-    algorithm: Literal["probe_two_players"] = "probe_two_players"
-
-
 class TwoPlayers(Probe):
-    Config = TwoPlayersConfig
-
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self):
         # Spectral norms have a power iteration of their own, which a checkpoint must keep.
         self.networks = {"critic": nn.Sequential(spectral_norm(nn.Linear(SIZE, 8)), nn.Tanh(), nn.Linear(8, 1))}
 
@@ -125,12 +117,7 @@ class TwoPlayers(Probe):
         return Loss(-critic(fake.flatten(1)).mean())
 
 
-class FollowerConfig(ProbeConfig):
-    algorithm: Literal["probe_follower"] = "probe_follower"
-
-
 class Follower(Probe):
-    Config = FollowerConfig
     adapters = MappingProxyType({"old": Follows("policy", 0.5), "policy": Trained()})
 
     def plan(self, step, steps):
@@ -148,13 +135,7 @@ class Follower(Probe):
         return rows_at(rollout, [0, 1], trajectory.prediction[:, :2] + 0.1, credit)
 
 
-class TeacherConfig(ProbeConfig):
-    algorithm: Literal["probe_teacher"] = "probe_teacher"
-
-
 class Teacher(Probe):
-    Config = TeacherConfig
-
     def plan(self, step, steps):
         return Plan(source="teacher", record=range(steps + 1), predictions=True, scored=False)
 
@@ -171,13 +152,7 @@ class Teacher(Probe):
         return rows_at(rollout, list(range(steps)), 1.1 * trajectory.prediction)
 
 
-class ChangingPlanConfig(ProbeConfig):
-    algorithm: Literal["probe_changing_plan"] = "probe_changing_plan"
-
-
 class ChangingPlan(Probe):
-    Config = ChangingPlanConfig
-
     def plan(self, step, steps):
         if step == 2:
             return Plan(source="noise", group_size=3, record=[0], scored=False)
@@ -191,13 +166,7 @@ class ChangingPlan(Probe):
         return replace(rows, weight=rows.weight * sizes[0])
 
 
-class MiniBatchesConfig(ProbeConfig):
-    algorithm: Literal["probe_mini_batches"] = "probe_mini_batches"
-
-
 class MiniBatches(Probe):
-    Config = MiniBatchesConfig
-
     def plan(self, step, steps):
         return Plan(group_size=2, record=[0, 1])
 
@@ -208,5 +177,51 @@ class MiniBatches(Probe):
         return [("policy", items[start : start + 3]) for start in range(0, len(items), 3)]
 
 
-PROBES = {probe.Config().algorithm: probe for probe in (TwoPlayers, Follower, Teacher, ChangingPlan, MiniBatches)}
-ALGORITHMS.update(PROBES)
+STEPS = 3
+"""Of each probe."""
+PROBES = {
+    "two_players": TwoPlayers,
+    "follower": Follower,
+    "teacher": Teacher,
+    "changing_plan": ChangingPlan,
+    "mini_batches": MiniBatches,
+}
+
+
+class Probes(Objective):
+    """Each probe in turn, with steps counted from 1 for each."""
+
+    Config = ProbesConfig
+
+    def __init__(self, config):
+        self.config = config
+        self.probes = [probe() for probe in PROBES.values()]
+        self.adapters = {name: role for probe in self.probes for name, role in probe.adapters.items()}
+        self.networks = {name: network for probe in self.probes for name, network in probe.networks.items()}
+        self.planned = self.probes[0]
+
+    def of_step(self, step):
+        """(the probe, its own step)"""
+        number, before = divmod(step - 1, STEPS)
+        return self.probes[number], before + 1
+
+    def plan(self, step, steps):
+        self.planned, own = self.of_step(step)
+        return self.planned.plan(own, steps)
+
+    def credit(self, scores):
+        return self.planned.credit(scores)  # the loop plans a step before it credits it
+
+    def items(self, rollout, credit, tools):
+        probe, own = self.of_step(tools.step)
+        return probe.items(rollout, credit, replace(tools, step=own))
+
+    def turns(self, step, items):
+        probe, own = self.of_step(step)
+        return probe.turns(own, items)
+
+    def loss(self, player, items, tools):
+        return self.of_step(tools.step)[0].loss(player, items, tools)
+
+
+ALGORITHMS["probes"] = Probes
