@@ -1,4 +1,4 @@
-"""Reward alignment: one algorithm a file, each an `Objective` of diffusion/objective.py. Imports diffusion/ alone.
+"""Reward alignment: one algorithm per file, each an `Objective` of diffusion/objective.py. Imports diffusion/ alone.
 
 neighbor_grpo.py    Neighbor GRPO: ODE rollouts from neighbouring noise, any solver, any reward
 drtune.py           DRTune: the gradient of a reward through a few steps of the whole sampler
@@ -6,7 +6,7 @@ refl.py             ReFL: through one late step
 draft.py            DRaFT-K: through the last K steps; DRaFT-LV: through the last one, on several noises
 alignprop.py        AlignProp: through the last K steps, K random
 direct.py           what the last four share
-window.py           a part of the solve as two fractions of it
+window.py           a part of the solve, given as two fractions of it
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
 """AlignProp: maximise a differentiable reward through the whole sampler, cut off at a random depth.
 
-arXiv 2310.03739. The reward's gradient goes back through the last K steps in full, network inputs included, and K is drawn anew
-for each step of the run: truncated back-propagation through time whose depth is random, so that early steps are trained at
-times and gradients do not explode every time. What makes the depth affordable is LoRA, and computing activations again in the
-backward pass: memory grows by a state and not by a network for each step.
+arXiv 2310.03739. The reward's gradient is back-propagated through the last K steps in full, network inputs included, and K is
+drawn again for each training step: truncated back-propagation through time with a random depth, so that early steps are
+trained sometimes and gradients do not explode every time. LoRA and recomputing activations in the backward pass (gradient
+checkpointing) make the depth affordable: each solver step adds one state to memory, not the activations of a network.
 
-Second-hand: the paper's K ~ Uniform(0, T), T = 50, as its code has it. What differs: K = 0 trains nothing and is not drawn;
-`deepest` bounds K as a share of T.
+From secondary sources: K ~ Uniform(0, T), T = 50, as in the paper's code. What differs: K = 0 trains nothing and is not drawn;
+`deepest` limits K to a share of T.
 
 Axes: B images, T solver steps, counted from the noise, 0 .. T-1; the last K are trained.
 """
@@ -34,7 +34,7 @@ class AlignPropConfig(DirectConfig):
         return max(1, round(self.deepest * steps))
 
     def cost(self, solver: Solver, grid: Tensor) -> Cost:
-        """At most; evaluations that the backward pass repeats count twice."""
+        """Upper bounds; evaluations that the backward pass repeats count twice."""
         largest = self.largest(len(grid) - 1)
         return Cost(with_gradient=2 * largest * solver.evaluations, without=evaluations(solver, grid))
 

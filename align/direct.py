@@ -5,9 +5,9 @@ Which steps are trained, where the rollout stops and how far the gradient reache
 | method     | file         | trained steps                    | network's input      | ends                     |
 | ---------- | ------------ | -------------------------------- | -------------------- | ------------------------ |
 | DRTune     | drtune.py    | K of T, equally spaced           | detached             | early, at a random step  |
-| ReFL       | refl.py      | the last one of the rollout      | (nothing before it)  | early, at a random step  |
+| ReFL       | refl.py      | the last one of the rollout      | has no gradient      | early, at a random step  |
 | DRaFT-K    | draft.py     | the last K                       | with gradient        | at the data              |
-| DRaFT-LV   | draft.py     | the last one, on several noises  | (nothing before it)  | at the data              |
+| DRaFT-LV   | draft.py     | the last one, on several noises  | has no gradient      | at the data              |
 | AlignProp  | alignprop.py | the last K, K random             | with gradient        | at the data              |
 
 Axes: B rows, each one image.
@@ -54,7 +54,7 @@ C = TypeVar("C", bound=DirectConfig)
 
 
 class Direct(Objective, Generic[C]):
-    """What every direct method answers alike: workers hand out noise and conditions, and the learner draws and scores."""
+    """What all direct methods share: workers provide noise and conditions only, and the learner samples and scores."""
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -66,7 +66,7 @@ class Direct(Objective, Generic[C]):
 
 @dataclass(frozen=True)
 class DirectRows:
-    """One row is one image: its noise and its prompt. What was drawn for the step holds for all rows."""
+    """One row is one image: its noise and its prompt. The trained steps and the stop hold for all rows."""
 
     noise: Tensor
     """[B, ...] float32"""
@@ -104,11 +104,11 @@ def rollout_with_gradient(
 ) -> Tensor:
     """The clean prediction at `rows.stop`, [B, ...]: with gradient through the trained steps, without one for the others.
 
-    detach_input: the network sees the state without its gradient; every other occurrence of the state keeps it.
+    detach_input: the network's input is the detached state; every other occurrence of the state keeps its gradient.
     recompute: keep only a trained step's input, and evaluate the network again in the backward pass.
     """
 
-    def ask(x: Tensor, t: Tensor) -> Tensor:
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
         if detach_input:
             x = x.detach()
         if recompute and torch.is_grad_enabled():
@@ -116,7 +116,7 @@ def rollout_with_gradient(
         return predict(x, t)
 
     grid = stop_early(tools.grid, rows.stop)
-    return integrate(ask, rows.noise, grid, tools.path, tools.solver, trained_steps=rows.trained_steps).x[:, -1]
+    return integrate(evaluate, rows.noise, grid, tools.path, tools.solver, trained_steps=rows.trained_steps).x[:, -1]
 
 
 def reward_loss(rewards: Tensor, hinge: float | None) -> Tensor:
@@ -139,5 +139,5 @@ def judged(clean: Tensor, rows: DirectRows, tools: Tools, hinge: float | None) -
 
 
 def _without(rewards: Tensor, excluded: Tensor, hinge: float | None) -> Tensor:
-    """Excluded rewards as the constant that adds nothing to the loss, so that no data-dependent shape waits for the device."""
+    """Rewards with excluded ones set to the constant whose loss is 0: selecting rows would synchronise with the device."""
     return torch.where(excluded, 0.0 if hinge is None else hinge, rewards)

@@ -1,17 +1,19 @@
 """DRaFT: maximise a differentiable reward through the last K steps of the sampler.
 
-arXiv 2309.17400. All steps but the last K run without gradient, and the reward's gradient goes back through those K in full,
-network inputs included. K = T is the whole sampler, whose gradient explodes and which costs T networks of memory; K = 1 was
-best in the paper's experiments. DRaFT-LV lowers K = 1's variance: the finished image is noised again to the last step's time, n
-more times, each with its own noise, and the last step is repeated with gradient from there; the losses are averaged.
+arXiv 2309.17400. All steps except the last K run without gradient, and the reward's gradient is back-propagated through those K
+in full, network inputs included. K = T is the whole sampler, whose gradient explodes and which stores the activations of T
+network evaluations; K = 1 was best in the paper's experiments. DRaFT-LV reduces the variance of K = 1: the final image is
+noised again to the last step's time, n more times, each with its own noise, and the last step is repeated with gradient from
+there; the losses are averaged.
 
-Second-hand: the paper's algorithm 1 as other implementations tell it. What differs: the mean over the 1 + n losses, where the
-paper adds them up, which AdamW does not notice. With K > 1 every network's activations are computed again in the backward pass
-(the paper checkpoints, too), so memory grows by a state and not by a network for each step.
+From secondary sources: algorithm 1 of the paper as in other implementations. What differs: the mean over the 1 + n losses,
+where the paper sums them, a factor that AdamW cancels. With K > 1 activations are recomputed in the backward pass (gradient
+checkpointing, as in the paper), so each solver step adds one state to memory, not the activations of a network.
 
-A grid whose last step is nearly empty, as the flow schedulers' is (from t = 0.001 to 0), asks K = 1 for what that step cannot
-do: all it changes arrives in the image multiplied by 0.001. AdamW, which divides by the gradient's size, moves all the same,
-and the adapter, which acts at all times, then changes the image at earlier steps. `rollouts.spacing: even` ends with 1/T.
+If the grid's last step is almost of length 0, as in the flow schedulers (from t = 0.001 to 0), K = 1 has little to train: a
+change of that prediction reaches the image multiplied by 0.001. AdamW divides by the gradient's size and moves the adapter
+nevertheless, and the adapter, which is active at all times, then changes the image at earlier steps. With
+`rollouts.spacing: even` the last step has length 1/T.
 
 Axes: B images, T solver steps, counted from the noise, 0 .. T-1; K of them trained, n more noises.
 """
@@ -31,13 +33,13 @@ from diffusion.types import Cost, Loss, Rollout, RunSettings
 
 
 class DRaFTConfig(DirectConfig):
-    train_steps: int = Field(1, ge=1, description="K, the last steps, through which the gradient goes; paper: 1")
-    low_variance: int = Field(0, ge=0, description="n, how often the end is noised again; DRaFT-LV where above 0, paper: 2")
+    train_steps: int = Field(1, ge=1, description="K, how many of the last steps have a gradient; paper: 1")
+    low_variance: int = Field(0, ge=0, description="n, how often the final image is noised again; above 0: DRaFT-LV, paper: 2")
     hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r, the paper's")
 
     @field_validator("low_variance")
     @classmethod
-    def _low_variance_is_of_one_step(cls, n: int, info: ValidationInfo) -> int:
+    def _low_variance_needs_a_single_step(cls, n: int, info: ValidationInfo) -> int:
         if n and info.data.get("train_steps", 1) != 1:
             raise ValueError(f"is {n}, allowed is 0 where train_steps is above 1: DRaFT-LV repeats a single step")
         return n
@@ -68,15 +70,15 @@ class DRaFT(Direct[DRaFTConfig]):
     def loss(self, player: str, items: Items, tools: Tools) -> Loss:
         assert isinstance(items, DirectRows)
 
-        def ask(x: Tensor, t: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor) -> Tensor:
             return tools.predict(x, t, items.condition, player)
 
-        clean = rollout_with_gradient(ask, items, tools, recompute=self.config.train_steps > 1)
+        clean = rollout_with_gradient(predict, items, tools, recompute=self.config.train_steps > 1)
         loss = judged(clean, items, tools, self.config.hinge)
         assert items.renoise is not None
         value, last = loss.value, tools.grid[-2]
         for noise in items.renoise.unbind(1):
             state = tools.path.mix(clean.detach(), noise, last)
-            again = tools.path.clean(state, last, ask(state, last))
+            again = tools.path.clean(state, last, predict(state, last))
             value = value + judged(again, items, tools, self.config.hinge).value
         return replace(loss, value=value / (1 + self.config.low_variance))

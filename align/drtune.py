@@ -1,26 +1,27 @@
-"""DRTune: maximise a differentiable reward through the whole sampler, at the price of a few of its steps.
+"""DRTune: maximise a differentiable reward through the whole sampler, at the cost of a few of its steps.
 
-arXiv 2405.00760 (ECCV 2024). A reward's gradient through all T steps costs T networks of memory and, being a product of T
-Jacobians, explodes. DRTune cuts it at every *input of the network*. The state itself stays differentiable: x_{i+1} = a_i x_i +
-b_i v(sg x_i) is linear in it, so a trained step, however early, reaches the image by the sampler's own coefficients c_i, and
+arXiv 2405.00760 (ECCV 2024). A reward's gradient through all T steps stores the activations of T network evaluations and, as
+a product of T Jacobians, explodes. DRTune stops it at every *input of the network*. The state itself stays differentiable:
+x_{i+1} = a_i x_i + b_i v(sg x_i) is linear in it, so the prediction of a trained step, however early, enters the image with a
+coefficient c_i of the sampler, and
 
     dL / d theta = sum_{i in S} c_i (d v(sg x_i) / d theta)^T dL / d x_0        `diffusion.prediction_coefficients`
 
-with one and the same dL / d x_0 for all. Only K equally spaced steps S are trained; the others run without gradient. And the
-rollout stops early, after a step drawn from the last m, and takes the clean prediction there: shallow steps are skipped, and
-the reward sees the image earlier.
+with the same dL / d x_0 for all. Only K equally spaced steps S are trained; the others run without gradient. The rollout stops
+early, after a step drawn from the last m, and the reward scores the clean prediction there, so the remaining steps are skipped.
 
-Second-hand: no official code exists. The algorithm follows its restatement in LeapAlign (arXiv 2604.15311, algorithm 1), the
-settings FlowBP and LeapAlign; of the paper itself, abstract and introduction were at hand.
+From secondary sources: no official code exists. The algorithm follows its restatement in LeapAlign (arXiv 2604.15311, algorithm
+1), the settings FlowBP and LeapAlign; of the paper itself only the abstract and introduction were available.
 
-What differs, and what is left open there:
+What differs from the restatement, and what it leaves open:
 * `draw: full` draws S over all T steps, as in the restatement: steps of S that come after the stop are not executed, so
-  fewer than K are trained. `draw: prefix` draws inside the executed steps, as FlowBP does, so K always are.
-* With `full` and m > (K - 1) floor(T / K) + 1 a step of the run may train nothing; it is logged with loss 0 and
-  without a reward.
+  fewer than K are trained. `draw: prefix` draws inside the executed steps, as FlowBP does, so K are always trained.
+* With `full` and m > (K - 1) floor(T / K) + 1 a training step may have no trained solver step; it is logged with loss 0
+  and without a reward.
 * One draw of S and of the stop holds for all images of a step.
-* `hinge` (LeapAlign, FlowBP) and `reference_weight`, the squared distance to what the frozen network makes of the same noise.
-* `detach_negative` keeps guidance's gradient in the conditional branch (FlowBP).
+* Added: `hinge` (LeapAlign, FlowBP) and `reference_weight`, on the squared distance to the frozen network's result from the
+  same noise.
+* `detach_negative` restricts guidance's gradient to the conditional branch (FlowBP).
 
 Steps are counted here from the noise, 0 .. T-1, in the paper from the data, t = T - i.
 
@@ -46,21 +47,21 @@ from diffusion.types import Cost, Loss, Rollout, RunSettings
 class DRTuneConfig(DirectConfig):
     train_steps: int = Field(3, ge=1, description="K, solver steps that are trained; FlowBP calls 3 of 25 the paper's")
     early_stop: float = Field(
-        0.4, gt=0, le=1, description="m / T, the share of last steps one of which is the rollout's end; FlowBP: 0.4"
+        0.4, gt=0, le=1, description="m / T, the share of last steps from which the rollout's end is drawn; FlowBP: 0.4"
     )
     draw: Literal["full", "prefix"] = Field(
         "full", description="K steps drawn over the full range (the paper, by LeapAlign) or inside the executed prefix (FlowBP)"
     )
     hinge: float | None = Field(
         None,
-        description="lambda of max(0, lambda - r), above which nothing trains; null: -r, the paper's; LeapAlign: 0.55",
+        description="lambda of max(0, lambda - r), no gradient above it; null: -r, the paper's; LeapAlign: 0.55",
     )
     reference_weight: float = Field(
         0.0, ge=0, description="of the mean squared distance to the frozen network's clean prediction from the same noise; ours"
     )
 
     def cost(self, solver: Solver, grid: Tensor) -> Cost:
-        """K solver steps with gradient, at most; a solve without, and another one for the reference."""
+        """At most K solver steps with gradient; one solve without, and another one for the reference."""
         solve = evaluations(solver, grid)
         return Cost(self.train_steps * solver.evaluations, solve * (2 if self.reference_weight else 1))
 
@@ -74,7 +75,7 @@ class DRTuneConfig(DirectConfig):
         steps = settings.steps
         executed = steps if self.draw == "full" else steps - self.last(steps) + 1
         if self.train_steps > executed:
-            which = "" if self.draw == "full" else f", of which early_stop {self.early_stop} may leave no more to draw from"
+            which = "" if self.draw == "full" else f" of which early_stop {self.early_stop} may leave only these"
             raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {executed} with {steps} solver steps{which}")
 
 
@@ -84,7 +85,7 @@ def equally_spaced(first: int, number: int, among: int) -> tuple[int, ...]:
 
 
 def starts(number: int, among: int) -> int:
-    """How many s there are: n - (K - 1) floor(n / K)."""
+    """The number of possible s: n - (K - 1) floor(n / K)."""
     return among - (number - 1) * (among // number)
 
 
@@ -104,7 +105,7 @@ def draw_steps(steps: int, config: DRTuneConfig, rng: torch.Generator) -> tuple[
 class DRTune(Direct[DRTuneConfig]):
     """The objective -r(x_0), or its hinge, + beta * distance to the frozen network's x_0.
 
-    Metrics: those of `judged`, `drtune/trained`, how many steps were, and with a pull `reference/distance`.
+    Metrics: those of `judged`, `drtune/trained`, the number of trained steps, and with a reference `reference/distance`.
     """
 
     Config = DRTuneConfig

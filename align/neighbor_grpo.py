@@ -1,4 +1,4 @@
-"""Neighbor GRPO: explore around one noise, and credit an ODE step as if it had chosen among its neighbours.
+"""Neighbor GRPO: explore around one noise, and treat an ODE step as a choice among the states of its neighbours.
 
 arXiv 2511.16955 (CVPR 2026). A prompt's G samples start from noises close to one another (eq. 7) and are solved by any ODE
 solver. In training only, a step is treated as a categorical choice among the group's G end states: the closer the end state
@@ -6,20 +6,20 @@ x_i is to the state y that the model steps to from the state of an anchor k, the
 gradient (eq. 9) on group advantages (eq. 11) then moves y towards the better neighbours: as long as the ratios are 1, its
 gradient is that of -(1 / tau G) sum_i A_i |x_i - y|^2.
 
-Second-hand: the equations, and the settings that Config calls the paper's, follow published summaries of the paper and AR-CoPO
-(arXiv 2603.17461), which states that it takes its clip range from it. K = 4 is inferred from the reported 1.33 network
-evaluations with gradient per image, (B / G) K.
+From secondary sources: the equations, and the settings that Config calls the paper's, follow published summaries of the paper
+and AR-CoPO (arXiv 2603.17461), which states that its clip range is the paper's. K = 4 is inferred from the reported 1.33
+network evaluations with gradient per image, (B / G) K.
 
-Ours, where those differ or are silent:
+Ours, where the sources differ or do not say:
 * The distance is a mean over elements. The paper sums, without a temperature: then the policy is one-hot at the anchor, and a
   change of y by 0.001 per element is far outside a clip of 1e-4. tau = 1 / D gives the sum, and needs a wider clip.
-* Old and new policy both take one first-order step. A solver of higher order ends in another state, and an old policy measured
-  there would start with ratios that are not 1.
+* Old and new policy both take one first-order step. A solver of higher order ends in another state, and with the old policy
+  evaluated there the ratios would not start at 1.
 * K steps are drawn for each group, uniformly from `train_window`.
 * Groups whose rewards are all equal or not finite are excluded; the loss is the mean over the others. Eq. 11 removes the scale,
-  so rewards that differ by a rounding error count as much as any; with `spread_weights` a group is weighted by the standard
-  deviation of its rewards, which undoes the division by it, as Dr. GRPO (arXiv 2503.20783) proposes.
-* `reference_weight` pulls predictions to those of the network without adapter.
+  so rewards that differ by a rounding error count as much as any others; with `spread_weights` a group is weighted by the
+  standard deviation of its rewards, which undoes the division by it, as Dr. GRPO (arXiv 2503.20783) proposes.
+* `reference_weight` weights the distance to the predictions of the network without adapter.
 
 Axes: N rows, M groups, G members of a group, S solver steps; ... the shape of a state.
 """
@@ -56,7 +56,7 @@ class NeighborGRPOConfig(BaseModel):
     )
     temperature: float = Field(1.0, gt=0, description="tau, on the mean squared distance; paper: 1, on the summed one")
     clip: float = Field(1e-4, gt=0, description="c, the ratio stays within 1 - c and 1 + c; AR-CoPO: 1e-4")
-    quasi_norm: float = Field(0.8, gt=0, le=2, description="p, below 2 damps groups where nobody stands out; paper: 0.8")
+    quasi_norm: float = Field(0.8, gt=0, le=2, description="p, below 2 damps groups where no sample stands out; paper: 0.8")
     spread_weights: bool = Field(
         False, description="weight groups by the standard deviation of their rewards; ours, off in the paper"
     )
@@ -104,7 +104,7 @@ def neighbor_noise(shared: Tensor, own: Tensor, s: float) -> Tensor:
 def group_advantages(rewards: Tensor, p: float) -> Tensor:
     """A_i = (r_i - mean) / std, then A / |A|_p (eq. 11); rewards [M, G] -> [M, G] float64.
 
-    Every scale cancels in the quotient. So the largest |A_i| stands in for either standard deviation: powers stay in range.
+    Every scale cancels in the quotient, so dividing by the largest |A_i| replaces the standard deviation: powers stay in range.
     """
     centred = rewards.double() - rewards.double().mean(dim=1, keepdim=True)
     scaled = centred / centred.abs().amax(dim=1, keepdim=True)
@@ -112,7 +112,7 @@ def group_advantages(rewards: Tensor, p: float) -> Tensor:
 
 
 def spread_weights(rewards: Tensor) -> Tensor:
-    """Each group's standard deviation over the mean one, so that rewards keep no scale: [M, G] -> [M] float64, mean 1."""
+    """Each group's standard deviation over the mean one, so that the rewards' scale cancels: [M, G] -> [M] float64, mean 1."""
     spread = rewards.double().std(dim=1)
     return spread / spread.mean()
 
@@ -121,7 +121,7 @@ def log_policy(candidates: Tensor, y: Tensor, tau: float) -> Tensor:
     """log pi(i | k, t), the softmax of -|x_i - y|^2 / tau (eq. 8) with the mean over elements for |.|^2.
 
     candidates x [N, G, ...], y [N, ...] float32 or float64 -> [N, G]. mse_loss keeps nothing but its inputs for the backward
-    pass, and is more exact than a norm, whose float32 error of 4e-6 comes near the clip.
+    pass, and is more exact than a norm, whose float32 error of 4e-6 is close to the clip.
     """
     squares = F.mse_loss(y.unsqueeze(1).expand_as(candidates), candidates, reduction="none")
     return F.log_softmax(-squares.flatten(2).mean(dim=2) / tau, dim=1)
@@ -160,7 +160,7 @@ class NeighborRows:
         old = None if self.old is None else self.old[rows]
         return replace(self, group=self.group[rows], anchor=self.anchor[rows], step=self.step[rows], old=old)
 
-    def ask(self, predict: Predict, adapter: str | None) -> tuple[Tensor, Tensor]:
+    def evaluate(self, predict: Predict, adapter: str | None) -> tuple[Tensor, Tensor]:
         """(x_t^(k), the prediction there), both [N, ...] in float32 at least: y rounded to bfloat16 would hardly move."""
         source = self.x[self.group, self.anchor, self.step]
         source = source.to(torch.promote_types(source.dtype, torch.float32))
@@ -175,8 +175,8 @@ class NeighborRows:
 class NeighborGRPO(Objective):
     """The objective -J + beta * reference distance.
 
-    Metrics: `ratio/max_log`, the largest |log rho|; `ratio/clip_fraction`, the share of terms whose gradient the clip stops;
-    and, with a pull, `reference/distance`.
+    Metrics: `ratio/max_log`, the largest |log rho|; `ratio/clip_fraction`, the share of terms whose gradient is clipped to 0;
+    and, with a reference, `reference/distance`.
     """
 
     Config = NeighborGRPOConfig
@@ -211,7 +211,7 @@ class NeighborGRPO(Objective):
         )
         assert (ids == ids[:, :1]).all(), "a rollout holds whole groups, one after the other"
         window = self.config.window(x.shape[2] - 1)
-        # Drawn for excluded groups too, so that the draw of one group does not depend on the rewards of another.
+        # Drawn for excluded groups too, so that the steps and anchors of a group do not depend on other groups' rewards.
         step = window.start + _draw(len(x), len(window), self.config.train_steps, tools.rng)
         anchor = _draw(len(x), self.config.group_size, self.config.anchors, tools.rng)
         index = torch.broadcast_tensors(torch.arange(len(x))[:, None, None], anchor[:, None, :], step[:, :, None])
@@ -229,9 +229,12 @@ class NeighborGRPO(Objective):
         )
         if self.config.inner_updates == 1 or len(rows) == 0:
             return rows
-        with torch.no_grad():  # G rows at a time: a batch that is known to fit from the rollout
-            parts = [rows[i : i + self.config.group_size] for i in range(0, len(rows), self.config.group_size)]
-            old = [part.log_policy(*part.ask(tools.predict, "policy"), tools.path, self.config.temperature) for part in parts]
+        old = []
+        with torch.no_grad():  # G rows at a time: a batch that fits in memory, as in the rollout
+            for start in range(0, len(rows), self.config.group_size):
+                part = rows[start : start + self.config.group_size]
+                source, prediction = part.evaluate(tools.predict, "policy")
+                old.append(part.log_policy(source, prediction, tools.path, self.config.temperature))
         return replace(rows, old=torch.cat(old))
 
     def turns(self, step: int, items: Items) -> Iterable[tuple[str, Items]]:
@@ -241,9 +244,9 @@ class NeighborGRPO(Objective):
         assert isinstance(items, NeighborRows)
         beta, clip = self.config.reference_weight, self.config.clip
         if beta:
-            with torch.no_grad():  # before the policy, whose backward pass must find the adapters as its forward pass left them
-                _, reference = items.ask(tools.predict, None)
-        source, prediction = items.ask(tools.predict, player)
+            with torch.no_grad():  # first: the policy's backward pass needs the adapter that its forward pass switched on
+                _, reference = items.evaluate(tools.predict, None)
+        source, prediction = items.evaluate(tools.predict, player)
         log_pi = items.log_policy(source, prediction, tools.path, self.config.temperature)
         log_ratio = log_pi - (log_pi.detach() if items.old is None else items.old)
         ratio, advantages = log_ratio.exp(), items.advantages[items.group]

@@ -1,16 +1,16 @@
 """ReFL: maximise a differentiable reward through one late step of the sampler.
 
 ImageReward, arXiv 2304.05977, algorithm 1. The sampler runs without gradient to a step drawn from the last ones, that step is
-taken with gradient, and the reward scores its clean prediction: one network of memory, and no gradient to any earlier step. The
-reward cannot say anything at noisy steps, where the clean prediction is a blur, which is why the paper draws late ones. It is
-DRTune with S = {the stop}.
+taken with gradient, and the reward scores its clean prediction: the memory of one network evaluation, and no gradient to
+earlier steps. At noisy steps the clean prediction is blurred and the reward not informative, which is why the paper draws late
+ones. It is DRTune with S = {the stop}.
 
 What differs: the paper adds the pre-training loss on image-text pairs, which needs such pairs, and maps the reward by
-max(0, 2 - r), here `hinge: 2`, times 1e-3, which AdamW does not notice. `window` 0.75 .. 1 is the package's: of 40 steps it
-draws one of 30 .. 39.
+max(0, 2 - r), here `hinge: 2`, times 1e-3, which AdamW cancels. `window` 0.75 .. 1 is that of the image-reward package: of 40
+steps it draws one of 30 .. 39.
 
-A late step of a grid whose last one is nearly empty, as the flow schedulers' is (from t = 0.001 to 0), says next to nothing of
-the reward; `rollouts.spacing: even` gives the last step 1/T.
+If the grid's last step is almost of length 0, as in the flow schedulers (from t = 0.001 to 0), training it hardly changes the
+reward; with `rollouts.spacing: even` it has length 1/T.
 
 Axes: B images, T solver steps, counted from the noise, 0 .. T-1.
 """
@@ -30,7 +30,7 @@ from diffusion.types import Cost, Loss, Rollout, RunSettings
 
 class ReFLConfig(DirectConfig):
     window: Window = Field(
-        (0.75, 1.0), description="fractions of the solve, noise first, between which the trained step is drawn; the package's"
+        (0.75, 1.0), description="fractions of the solve, noise first, between which the trained step is drawn; image-reward's"
     )
     hinge: float | None = Field(None, description="lambda of max(0, lambda - r); null: -r. The paper's is 2, for ImageReward")
 

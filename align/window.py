@@ -1,4 +1,4 @@
-"""A part of the solve as two fractions of it, noise first: (0, 1) is all of it."""
+"""A part of the solve, given as two fractions of it, noise first: (0, 1) is all of it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 
-def _rises(window: tuple[float, float]) -> tuple[float, float]:
+def _increasing(window: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= window[0] < window[1] <= 1:
-        raise ValueError(f"is {list(window)}, allowed are two rising fractions between 0 and 1")
+        raise ValueError(f"is {list(window)}, allowed are two increasing fractions between 0 and 1")
     return window
 
 
-Window = Annotated[tuple[float, float], AfterValidator(_rises)]
+Window = Annotated[tuple[float, float], AfterValidator(_increasing)]
 
 
 def steps_within(window: Window, steps: int) -> range:
-    """The steps of a solve of so many, counted from the noise, that lie in the window; bounds are rounded to whole steps."""
+    """The window's steps of a solve with `steps` steps, counted from the noise; bounds are rounded to whole steps."""
     return range(round(window[0] * steps), round(window[1] * steps))

@@ -5,9 +5,9 @@ protocols.py  what rooms expect of each other: networks, adapters, rewards, sour
 objective.py  what a training method is
 path.py       how noise and data mix, the network's native prediction, and what follows from it
 solvers.py    euler, heun, dpmpp_2m, unipc: one step each, and the registry SOLVERS
-sde.py        steps that add noise of their own
-ode.py        a whole solve, with gradient only where asked; the coefficient of each prediction in its end
-grid.py       which times a solve visits: time grids, shift, diffusers' own choices
+sde.py        steps that add fresh noise
+ode.py        a whole solve, with gradient in chosen steps; the coefficient of each prediction in the last state
+grid.py       the times of a solve: time grids, shift, the grids of diffusers' schedulers
 guidance.py   classifier-free guidance
 noise.py      per-sample seeds and noise
 """

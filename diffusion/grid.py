@@ -1,7 +1,7 @@
-"""Time grids: which times a solve visits, and how diffusers' schedulers choose them from the numbers in their config.
+"""Time grids: the times of a solve, and how diffusers' schedulers compute them from their config.
 
-A grid is a float64 tensor [S+1], strictly decreasing inside [0, 1], noise first. Where the last step ends at 0 the
-grid says so itself. The functions return what a scheduler of diffusers 0.42 puts into its `sigmas` (flow) or, with
+A grid is a float64 tensor [S+1], strictly decreasing in [0, 1], noise first. A solve that ends at the data has 0 as its
+last entry. The functions return what a scheduler of diffusers 0.42 puts into its `sigmas` (flow) or, with
 `table_grid`, its `timesteps` (variance preserving).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def time_grid(times: Sequence[float] | Tensor) -> Tensor:
-    """The times as a grid, float64 [S+1] on the CPU. Raises ValueError unless they are a grid of at least one step."""
+    """The times as a grid, float64 [S+1] on the CPU. Raises ValueError unless they are at least two, falling."""
     grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"a time grid is a list of at least two times, got {grid.tolist()}")
@@ -28,7 +28,7 @@ def time_grid(times: Sequence[float] | Tensor) -> Tensor:
 def stop_early(grid: Tensor, index: int) -> Tensor:
     """The solve that stops at grid[index] and jumps to data: the last step is the one-step clean prediction there.
 
-    True for every solver, because a step to 0 is first order. index is 0..S-1; index S-1 gives a grid that ends at 0 back.
+    This holds for every solver, because a step to 0 is first order. index: 0..S-1; S-1 returns a grid that ends at 0 unchanged.
     """
     return time_grid(torch.cat([grid[: index + 1], torch.zeros(1, dtype=torch.float64)]))
 
@@ -56,10 +56,10 @@ def flow_grid(
     """FlowMatchEulerDiscreteScheduler's grid (SD3, FLUX): evenly spaced from 1 to `last`, shifted, then 0.
 
     shift: the config's shift, or e^mu with use_dynamic_shifting (`resolution_shift`).
-    last: the last evaluation's time before the shift. None is the scheduler's own with a static shift, 1/N already
-    shifted once (diffusers shifts it twice). It is 1/N with dynamic shifting, and 1/steps where the pipeline brings its
-    own sigmas (FLUX, Qwen-Image).
-    terminal: the config's shift_terminal, where the last evaluation is stretched to (LTX, Qwen-Image).
+    last: the last evaluation's time before the shift. None: the scheduler's with a static shift, which is 1/N already
+    shifted once (diffusers shifts it twice). With dynamic shifting it is 1/N, and 1/steps where the pipeline passes its own
+    sigmas (FLUX, Qwen-Image).
+    terminal: the config's shift_terminal, to which the time of the last evaluation is stretched (LTX, Qwen-Image).
     """
     if last is None:
         last = float(shift_times(torch.tensor(1 / num_train_timesteps, dtype=torch.float64), shift))
@@ -70,7 +70,7 @@ def flow_grid(
 
 
 def unipc_flow_grid(steps: int, shift: float = 1.0, num_train_timesteps: int = 1000) -> Tensor:
-    """UniPCMultistepScheduler's grid with use_flow_sigmas: one point more, the last left out, none above 1 - 1e-6."""
+    """UniPCMultistepScheduler's grid with use_flow_sigmas: steps + 1 points without the last, clamped to 1 - 1e-6."""
     times = shift_times(torch.linspace(1, 1 / num_train_timesteps, steps + 1, dtype=torch.float64)[:-1], shift)
     return _to_zero(times.clamp(max=1 - 1e-6))
 
@@ -88,14 +88,14 @@ def spaced_timesteps(
     multistep: bool = False,
     num_train_timesteps: int = 1000,
 ) -> Tensor:
-    """The training steps a table-based scheduler evaluates at, int64 [steps], falling (Lin et al. 2023, table 2).
+    """The training steps at which a table-based scheduler evaluates, int64 [steps], decreasing (Lin et al. 2023, table 2).
 
     offset: the config's steps_offset, which only "leading" uses.
-    multistep: DPMSolverMultistep and UniPC place one point more and leave out the last; DDIM does not.
+    multistep: DPMSolverMultistep and UniPC place steps + 1 points and drop the last; DDIM does not.
     """
     points = steps + multistep
     i = torch.arange(points, dtype=torch.float64)
-    # Half-way cases hang on the last bit, so spacings are computed as numpy's linspace and arange do.
+    # Rounding of half-way cases depends on the last bit, so spacings are computed as numpy's linspace and arange do.
     if spacing == "linspace":
         timesteps = (i * ((num_train_timesteps - 1) / max(points - 1, 1))).round().flip(0)
     elif spacing == "leading":
@@ -111,7 +111,7 @@ def spaced_timesteps(
 def table_grid(timesteps: Tensor, end: int = -1, num_train_timesteps: int = 1000) -> Tensor:
     """Training steps [S] as times, k -> (k + 1) / N, and the end of the last step.
 
-    end: -1 is the data itself (set_alpha_to_one, final_sigmas_type "zero"), 0 the first training step (neither).
+    end: -1 for the data (set_alpha_to_one, or final_sigmas_type "zero"), 0 for the first training step (otherwise).
     """
     return time_grid((torch.cat([timesteps, torch.tensor([end])]).double() + 1) / num_train_timesteps)
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: what a solver asks instead of the bare network (Ho & Salimans 2022, arXiv 2207.12598).
+"""Classifier-free guidance: the predictor that a solver calls in place of the network (Ho & Salimans 2022, arXiv 2207.12598).
 
 The scale is diffusers': 1 is no guidance. The paper's weight is w = scale - 1.
 """
@@ -14,12 +14,12 @@ from diffusion.types import Condition
 
 
 def guide(conditional: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """negative + scale (conditional - negative), eq. 6. The gradient of the branches is `scale` and `1 - scale`."""
+    """negative + scale (conditional - negative), eq. 6. Its derivatives by the branches are `scale` and `1 - scale`."""
     return negative + scale * (conditional - negative)
 
 
 def guidance_evaluations(scale: float) -> int:
-    """Network evaluations for each one that a solver asks for, counted per sample: the negative branch counts too."""
+    """Network evaluations per sample for each evaluation of a solver: 2 with guidance, since the negative branch counts."""
     return 1 if scale == 1 else 2
 
 
@@ -32,13 +32,13 @@ def guided(
     negative: Condition | None = None,
     detach_negative: bool = False,
 ) -> Predictor:
-    """Bind a network to its condition [B], adapter and guidance: (x, t) -> native prediction, as `integrate` wants it.
+    """Bind a network to its condition [B], adapter and guidance: (x, t) -> native prediction, as `integrate` takes it.
 
     One network call of 2B rows, the negative ones first; one of B rows at scale 1, where `negative` is not used.
-    detach_negative: no gradient through the negative branch. It then runs in a call of its own, which keeps none of its
+    detach_negative: no gradient through the negative branch. It then runs in a separate call, which stores no
     activations.
 
-    Raises ValueError if the scale asks for a negative condition and there is none, or not one for each sample.
+    Raises ValueError if the scale is not 1 and `negative` does not have one row for each sample.
     """
     if scale == 1:
         return lambda x, t: predict(x, t, condition, adapter)

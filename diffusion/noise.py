@@ -13,7 +13,7 @@ from torch import Tensor
 def sample_seed(run_seed: int, iteration: int, prompt_id: str, index: int) -> int:
     """The seed of one sample, 0 to 2^63 - 1; index counts the samples of a prompt in an iteration.
 
-    A hash, and one that does not change between processes and machines as Python's own does.
+    A sha256 hash: unlike that of Python's `hash`, its value is the same in all processes and on all machines.
     """
     key = json.dumps([run_seed, iteration, prompt_id, index])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""What a training method is: what it asks of rollouts, and the losses it makes of them."""
+"""The interface of a training method: which rollouts it requests, and the losses it computes from them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from diffusion.types import Cost, Follows, Loss, Plan, Rollout, RunSettings, Sco
 
 @dataclass(frozen=True)
 class Tools:
-    """What an objective works with in the learner, for one training step."""
+    """What an objective uses in the learner, for one training step."""
 
     step: int
     """1, 2, ..."""
     predict: Predict
-    """The experiment's guidance included."""
+    """With the experiment's guidance."""
     path: Path
     solver: Solver
     grid: Tensor
     """[S+1] float64, the times of the experiment's solve, ending at 0"""
     judge: Judge
-    """Only for configs that say `needs_reward_gradient`; raises AssertionError for others, whose learner holds no rewards."""
+    """Raises AssertionError unless the config's `needs_reward_gradient` is true: other learners hold no rewards."""
     codec: Codec
     rng: torch.Generator
     """Seeded for the step; the only source of random numbers."""
@@ -41,7 +41,7 @@ class Tools:
 
 
 class Items(Protocol):
-    """What an objective makes of one step's rollouts: independent rows, which the learner slices into micro-batches."""
+    """The training items of one step's rollouts: independent rows, which the learner slices into micro-batches."""
 
     def __len__(self) -> int: ...
 
@@ -49,7 +49,7 @@ class Items(Protocol):
 
 
 class ObjectiveConfig(Protocol):
-    """A method's own knobs, a pydantic model, and what the runtime asks of them before anything is loaded."""
+    """A method's own knobs, a pydantic model, and what the runtime reads from them before anything is loaded."""
 
     @property
     def needs_reward_gradient(self) -> bool:
@@ -57,30 +57,30 @@ class ObjectiveConfig(Protocol):
         ...
 
     def cost(self, solver: Solver, grid: Tensor) -> Cost:
-        """Of a training step whose solves take this solver over a grid [S+1]."""
+        """The cost of a training step whose solves use this solver on a grid [S+1]."""
         ...
 
     def check(self, settings: RunSettings) -> None:
-        """Raises ValueError where it does not fit the rest of the experiment."""
+        """Raises ValueError if the config does not fit the rest of the experiment."""
         ...
 
 
 class Objective(Protocol):
-    """One method. A subclass implements `plan`, `items` and `loss`, and overrides what else differs.
+    """One training method. A subclass implements `plan`, `items` and `loss`, and overrides the defaults that do not fit.
 
     It never calls backward or an optimiser, never loops over micro-batches or ranks, and never logs. It is built in every
     process from its config alone, with torch's global random state seeded by the experiment.
     """
 
     adapters: Mapping[str, Trained | Follows] = MappingProxyType({"policy": Trained()})
-    """The LoRA adapters it uses; all start alike. The first trained one is evaluated, sampled from and exported."""
+    """The LoRA adapters it uses; all start equal. The first trained one is evaluated, sampled from and exported."""
     networks: Mapping[str, nn.Module] = MappingProxyType({})
-    """Trained networks beside the generator, such as a discriminator's heads. Trained adapters and networks are the players."""
+    """Other trained networks, such as a discriminator's heads. Trained adapters and networks are the players."""
     detach_negative: bool = False
-    """Whether guidance's negative branch has no gradient in `Tools.predict`."""
+    """Whether `Tools.predict` stops the gradient at guidance's negative branch."""
 
     def plan(self, step: int, steps: int) -> Plan:
-        """What training step 1, 2, ... asks of the workers, whose solves have S = `steps` steps."""
+        """What training step 1, 2, ... requests from the rollout workers, whose solves have S = `steps` steps."""
         raise NotImplementedError
 
     def noise(self, draw: int, shared: Tensor, own: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Objective(Protocol):
         return own
 
     def credit(self, scores: Scores) -> Tensor:
-        """What each sample of the step counts for, [B]; NaN excludes its group. All groups of the step at once, on the CPU."""
+        """The advantage or weight of each sample, [B] on the CPU, of all groups of a step at once; NaN excludes a group."""
         return scores.total
 
     def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> Items:

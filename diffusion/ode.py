@@ -1,4 +1,4 @@
-"""A whole solve: the states on the grid, with gradient only where it is asked for."""
+"""A whole solve: the states on the grid, with gradient in chosen steps only."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def integrate(
     predictions: also return the network's native predictions at the recorded states; the end of the solve has none.
 
     trained_steps: which steps, 0..S-1, evaluate the network with gradient. The others do so under no_grad, but the state
-    itself keeps its gradient from step to step, so a trained step reaches the end of the solve even where all later ones are
-    not trained. With no trained step nothing has a gradient, not even towards x.
+    itself keeps its gradient from step to step, so a trained step influences the end of the solve differentiably even if no
+    later one is trained. With no trained step nothing has a gradient, not even with respect to x.
 
     noise: {step: standard normal noise [B, ...]}: these steps are `noisy_step`s, one evaluation each, and a multistep solver
-    starts anew after them.
+    restarts with an empty history after them.
 
     To start late, pass the end of a grid; to stop early, see `stop_early`. To cut the gradient at the network's input,
     pass `lambda x, t: predict(x.detach(), t)`.
 
-    Raises ValueError for a grid that is no time grid, an empty record, and indices outside the ranges above.
+    Raises ValueError for an invalid grid, an empty record, and indices outside the ranges above.
     """
     grid = time_grid(grid)
     steps = len(grid) - 1
     record = [steps] if record is None else sorted(set(record))
     noise = {} if noise is None else noise
     if not record:
-        raise ValueError("record is empty: at least one state must be asked for")
+        raise ValueError("record is empty: at least one state must be recorded")
     _check_indices("record", record, steps)
     _check_indices("trained_steps", trained_steps, steps - 1)
     _check_indices("noise", noise, steps - 1)
@@ -59,22 +59,22 @@ def integrate(
     states, predicted = [], []
     with torch.set_grad_enabled(len(trained_steps) > 0):
         for i in range(steps):
-            ask = _Asked(predict, i in trained_steps)
+            evaluate = _StepPredictor(predict, i in trained_steps)
             if i in record:
                 states.append(x)
             if i in noise:
-                x, history = noisy_step(path, x, grid[i], grid[i + 1], ask(x, grid[i]), noise[i]), ()
+                x, history = noisy_step(path, x, grid[i], grid[i + 1], evaluate(x, grid[i]), noise[i]), ()
             else:
-                x, history = solver.step(path, ask, x, grid[i], grid[i + 1], history)
+                x, history = solver.step(path, evaluate, x, grid[i], grid[i + 1], history)
             if predictions and i in record:
-                predicted.append(ask.first)
+                predicted.append(evaluate.first)
         if steps in record:
             states.append(x)
         return Trajectory(torch.stack(states, dim=1), grid[record], torch.stack(predicted, dim=1) if predicted else None)
 
 
 def prediction_coefficients(path: Path, solver: Solver, grid: Tensor) -> Tensor:
-    """How much of each network evaluation arrives in the last state when network inputs are detached, [E] float64.
+    """The coefficient of each network evaluation in the last state when network inputs are detached, [E] float64.
 
     The gradient of a loss L(x_S) is then `sum_k c_k (d prediction_k / d parameters)^T dL/dx_S`, with no product of
     Jacobians. A step is linear in the state and the predictions, so the recursion is the solver itself, run on
@@ -82,12 +82,12 @@ def prediction_coefficients(path: Path, solver: Solver, grid: Tensor) -> Tensor:
     `alpha_S (sigma_{k+1} / alpha_{k+1} - sigma_k / alpha_k)`.
     """
     units = torch.eye(evaluations(solver, grid), dtype=torch.float64)
-    asked = iter(units)
-    return integrate(lambda x, t: next(asked)[None], torch.zeros_like(units[:1]), grid, path, solver).x[0, -1]
+    remaining = iter(units)
+    return integrate(lambda x, t: next(remaining)[None], torch.zeros_like(units[:1]), grid, path, solver).x[0, -1]
 
 
-class _Asked:
-    """A predictor with or without gradient, and its first answer: the prediction at the state a step leaves from."""
+class _StepPredictor:
+    """A predictor for one step, with or without gradient, and its first prediction: the one at the step's start."""
 
     def __init__(self, predict: Predictor, with_gradient: bool) -> None:
         self._predict = predict

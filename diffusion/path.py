@@ -1,16 +1,16 @@
-"""How noise and data mix, and what the network says about the mixture.
+"""Diffusion paths: how noise and data mix, and how a network's prediction converts to noise, data and steps.
 
 A path is `x_t = alpha(t) x_0 + sigma(t) n` with data x_0 at t = 0 and noise n ~ N(0, I) at t = 1. Its network makes one
-**native prediction** p: velocity on the rectified flow, noise or v on a variance-preserving path. Everything a solver
-or a loss wants to know is linear in the state and p, with coefficients that depend on time alone:
+**native prediction** p: velocity on the rectified flow, noise or v on a variance-preserving path. Everything that
+solvers and losses need is linear in the state and p, with coefficients that depend on time alone:
 
     x_s = a x_t + b p          the step
     x_0 = a x_t + b p          the clean prediction, which is the step to s = 0
     n   = c x_t + d p          the noise
 
-The state in these formulas stays differentiable wherever it stands. A method that cuts the gradient (DRTune) detaches
+Every occurrence of the state in these formulas stays differentiable. A method that cuts the gradient (DRTune) detaches
 the *input of the network* and nothing else, so `p` must arrive unconverted: converting it beforehand, from the
-detached input, gives the same numbers and another gradient.
+detached input, gives the same values but another gradient.
 
 Axes: B samples. Times are float64 tensors, [] or [B], in [0, 1]; coefficients are computed in their precision.
 """
@@ -43,15 +43,15 @@ class Path(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """How much data x_t holds: 1 at t = 0, falling."""
+        """The coefficient of the data in x_t: 1 at t = 0, decreasing."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """How much noise x_t holds: 0 at t = 0, rising."""
+        """The coefficient of the noise in x_t: 0 at t = 0, increasing."""
 
     @abstractmethod
     def target(self, x_0: Tensor, n: Tensor, t: Tensor) -> Tensor:
-        """The native prediction of a perfect network: x_0 and n [B, ...] -> [B, ...]."""
+        """The training target, the native prediction of a perfect network: x_0 and n [B, ...] -> [B, ...]."""
 
     @abstractmethod
     def step_coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class Path(ABC):
 
     @abstractmethod
     def noise(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The noise n that x [B, ...] at time t and its native prediction stand for, [B, ...]."""
+        """The noise n implied by x [B, ...] at time t and the native prediction there, [B, ...]."""
 
     @abstractmethod
     def slope(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
@@ -67,10 +67,10 @@ class Path(ABC):
 
     @abstractmethod
     def slope_coefficient(self, t: Tensor, s: Tensor) -> Tensor:
-        """How much of a change of the slope arrives in x_s when x_t stays, shaped like t."""
+        """The derivative of x_s by the slope at fixed x_t, shaped like t."""
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        """lambda = log(alpha / sigma), the clock of DPM-Solver and UniPC: infinite at t = 0 and wherever alpha = 0."""
+        """lambda = log(alpha / sigma), the time variable of DPM-Solver and UniPC; infinite at t = 0 and where alpha = 0."""
         return torch.log(self.alpha(t) / self.sigma(t))
 
     def mix(self, x_0: Tensor, n: Tensor, t: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Path(ABC):
         return combine((a, x), (b, prediction))
 
     def clean(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The data x_0 that x [B, ...] at time t and its native prediction stand for, [B, ...]: the step to time 0."""
+        """The data x_0 implied by x [B, ...] at time t and the native prediction there, [B, ...]: the step to time 0."""
         return self.step(x, t, torch.zeros_like(t), prediction)
 
 
@@ -115,14 +115,14 @@ class RectifiedFlow(Path):
 
 @dataclass(frozen=True)
 class VariancePreserving(Path):
-    """alpha^2 + sigma^2 = 1, so one angle says it all: alpha = cos(angle), sigma = sin(angle) (SD 1.5, SDXL).
+    """alpha^2 + sigma^2 = 1, so one angle gives both: alpha = cos(angle), sigma = sin(angle) (SD 1.5, SDXL).
 
     The network predicts the noise n, or v = alpha n - sigma x_0, which is d x_t / d angle (Salimans & Ho 2022, arXiv
     2202.00512).
     """
 
     angle: Callable[[Tensor], Tensor]
-    """t [] or [B] -> float64 of its shape, in [0, pi / 2], rising, 0 at t = 0."""
+    """t [] or [B] -> float64 of its shape, in [0, pi / 2], increasing, 0 at t = 0."""
     prediction: Literal["noise", "v"] = "noise"
 
     def __post_init__(self) -> None:
@@ -134,24 +134,22 @@ class VariancePreserving(Path):
         if start != 0:
             raise ValueError(f"time 0 must be pure data (angle 0), got angle {start}")
         if self.prediction == "noise" and torch.pi / 2 - end < 1e-6:
-            raise ValueError(
-                "time 1 is pure noise here, and a noise prediction says nothing about the data there: it needs 'v'"
-            )
+            raise ValueError("time 1 is pure noise, where a predicted noise does not determine the data: the network needs 'v'")
 
     @staticmethod
     def from_alphas_cumprod(alphas_cumprod: Tensor, prediction: Literal["noise", "v"] = "noise") -> VariancePreserving:
         """The path of a training table [N]: alpha^2 at training step k = 0..N-1, which is time (k + 1) / N; time 0 is data.
 
-        In between the angle is linear. The usual alternatives, log(alpha / sigma) and sigma / alpha, are infinite at the
-        data and at zero terminal SNR; the angle is finite at both, exact at the table's own times, and never leaves
-        alpha^2 + sigma^2 = 1.
+        Between these times the angle is interpolated linearly. The usual alternatives, log(alpha / sigma) and sigma / alpha,
+        are infinite at the data or at zero terminal SNR; the angle is finite at both, exact at the table's own times, and
+        keeps alpha^2 + sigma^2 = 1.
         """
         table = alphas_cumprod.double().cpu()
         knots = torch.cat([torch.zeros(1, dtype=torch.float64), torch.atan2((1 - table).sqrt(), table.sqrt())])
-        if not (knots.diff() > 0).all():  # also refuses what is not a number
+        if not (knots.diff() > 0).all():  # also refuses NaN
             k = int(knots.diff().argmin())
             raise ValueError(
-                f"alphas_cumprod must fall strictly, from below 1 to 0 or more; at training step {k} it is {table[k]:g}"
+                f"alphas_cumprod must decrease strictly, from below 1 to 0 or more; at training step {k} it is {table[k]:g}"
             )
         return VariancePreserving(partial(_interpolate, knots), prediction)
 
@@ -167,7 +165,7 @@ class VariancePreserving(Path):
     def step_coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction == "noise":
             return self.alpha(s) / self.alpha(t), self.slope_coefficient(t, s)
-        turn = self.angle(t) - self.angle(s)  # (x, v) is (x_0, n) turned by the angle, so a step turns it back a little
+        turn = self.angle(t) - self.angle(s)  # (x, v) is (x_0, n) rotated by the angle, so a step rotates it back by this much
         return torch.cos(turn), -torch.sin(turn)
 
     def noise(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
@@ -178,7 +176,7 @@ class VariancePreserving(Path):
         return self.noise(x, t, prediction)
 
     def slope_coefficient(self, t: Tensor, s: Tensor) -> Tensor:
-        """alpha_s (sigma_s / alpha_s - sigma_t / alpha_t), or 0 from pure noise, where that step is infinitely long."""
+        """alpha_s (sigma_s / alpha_s - sigma_t / alpha_t), or 0 from pure noise, where sigma_t / alpha_t is infinite."""
         alpha = self.alpha(t)
         return torch.where(alpha > 1e-8, self.sigma(s) - self.alpha(s) / alpha * self.sigma(t), 0.0)
 

@@ -60,7 +60,7 @@ class AdapterSet(Protocol):
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]: ...
 
     def read(self, name: str) -> Any:
-        """A copy of the adapter as it travels between processes; what `write` takes."""
+        """A copy of the adapter in the form sent between processes, which `write` takes."""
         ...
 
     def write(self, name: str, weights: Any) -> None:
@@ -81,11 +81,11 @@ class Generator(Predict, Codec, Protocol):
     def adapters(self) -> AdapterSet: ...
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """The latents' shape of one image in pixels, without batch axis; the model's own size where None."""
+        """The shape of the latents of one image of this size in pixels, without batch axis; None is the model's own size."""
         ...
 
     def tokens(self, height: int | None = None, width: int | None = None) -> int:
-        """How many tokens the network makes of one image in pixels."""
+        """The network's tokens for one image of this size in pixels."""
         ...
 
     def time_grid(
@@ -113,10 +113,10 @@ class RewardModel(Protocol):
 
 
 class Judge(Protocol):
-    """Decoder and trained rewards in one, with gradient: where a method that learns from a reward's gradient ends."""
+    """Decoder and trained rewards in one differentiable call, for methods that learn from a reward's gradient."""
 
     def __call__(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Clean latents [B, ...] -> Scores over B, with gradient towards the latents where grad mode is on."""
+        """Clean latents [B, ...] -> Scores over B, differentiable in the latents where grad mode is on."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Steps that add noise of their own: what an ODE solve takes in place of its solver's step where `integrate` is given noise.
+"""Steps that add fresh noise: `integrate` uses them in place of the solver's step where it is given noise.
 
 `renoise` mixes the clean prediction with fresh noise, as multistep consistency sampling does (Song et al. 2023, arXiv
 2303.01469, algorithm 1).

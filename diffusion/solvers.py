@@ -1,9 +1,9 @@
 """Deterministic solvers of the sampling ODE: one step, one signature, explicit state.
 
-Every step takes the state x at time t to time s < t, asking the network through `predict`, and returns the new state
-with the history that the next step needs. History is what a multistep method remembers; it starts empty, and with an
-empty history every method takes a one-step method's step. A step to s = 0 is first order in every solver, and returns
-the clean prediction: there lambda = log(alpha / sigma) is infinite, and no derivative in lambda can be formed.
+Every step takes the state x at time t to time s < t, evaluating the network through `predict`, and returns the new state
+with the history that the next step needs. History is what a multistep method keeps of earlier steps; it starts empty, and
+with an empty history every method takes a single-step method's step. A step to s = 0 is first order in every solver, and
+returns the clean prediction: there lambda = log(alpha / sigma) is infinite, and no derivative in lambda can be formed.
 
 | solver   | order | evaluations a step       | source |
 | -------- | ----- | ------------------------ | ------ |
@@ -12,11 +12,11 @@ the clean prediction: there lambda = log(alpha / sigma) is infinite, and no deri
 | dpmpp_2m | 2     | 1                        | Lu et al. 2022, arXiv 2211.01095, algorithm 2 |
 | unipc    | 3     | 1                        | UniPC-2, B(h) = e^-h - 1: Zhao et al. 2023, arXiv 2302.04867 |
 
-Without its corrector unipc is of order 2, and dpmpp_2m.
+Without its corrector unipc is of order 2 and equals dpmpp_2m.
 
 Starting at pure noise (lambda = -inf) is exact in the multistep methods too. The first step is first order, which stays
-finite; in the second, the step behind is infinitely long, so the weight of its slope is 0 and the order drops by one
-without a special case.
+finite; in the second, the previous step is infinitely long in lambda, so the weight of its slope is 0 and the order
+drops by one without a special case.
 
 diffusers 0.42 agrees on every grid that ends at 0. On a grid that ends above 0 it still makes the last step first order
 (UniPC always, DPM-Solver++ below 15 steps); here only a step to s = 0 is.
@@ -41,12 +41,12 @@ Predictor = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Node:
-    """A time where the network was asked, as later steps remember it."""
+    """An earlier network evaluation, as later steps use it."""
 
     t: Tensor
     """[] or [B] float64"""
     x: Tensor
-    """[B, ...] the state the step left from; after a corrector, not the one the network saw"""
+    """[B, ...] the state the step started from; after a corrector, not the one the network was evaluated at"""
     clean: Tensor
     """[B, ...] the network's clean prediction"""
 
@@ -83,7 +83,7 @@ def heun(path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, histor
 
 
 def dpmpp_2m(path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, history: History) -> tuple[Tensor, History]:
-    """DPM-Solver++(2M), the midpoint form of the paper: two clean predictions, one of them remembered."""
+    """DPM-Solver++(2M), the midpoint form of the paper: two clean predictions, one of them from the history."""
     node = Node(t, x, path.clean(x, t, predict(x, t)))
     return _extrapolate(path, node, history, s), (node,)
 
@@ -91,9 +91,9 @@ def dpmpp_2m(path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, hi
 def unipc(
     path: Path, predict: Predictor, x: Tensor, t: Tensor, s: Tensor, history: History, corrector: bool = True
 ) -> tuple[Tensor, History]:
-    """UniPC of predictor order 2. The evaluation at x first corrects x, then drives the step onwards; it is not repeated.
+    """UniPC of predictor order 2. The evaluation at x first corrects x and then serves the step to s; it is not repeated.
 
-    The state returned is the predicted one, the one the network will see next; the state at the end of a solve is never
+    The state returned is the predicted one, at which the network is evaluated next; the state at the end of a solve is never
     corrected, since nothing is evaluated there.
     """
     clean = path.clean(x, t, predict(x, t))
@@ -116,41 +116,41 @@ def _hold(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 def _extrapolate(path: Path, node: Node, history: History, s: Tensor) -> Tensor:
     """DPM-Solver++(2M), algorithm 2; the same as UniPC's predictor of order 2 with B(h) = e^-h - 1 and rho = 1/2.
 
-    Hold D = m_0 + (h / 2 h_behind) (m_0 - m_behind) over the step, m the clean predictions. Without history D = m_0.
+    Hold D = m_0 + (h / 2 h_previous) (m_0 - m_previous) over the step, m the clean predictions. Without history D = m_0.
     """
     ratio, gain = _hold(path, node.t, s)
     if not history:
         return combine((ratio, node.x), (gain, node.clean))
-    behind = history[0]
+    previous = history[0]
     now = path.half_log_snr(node.t)
-    h, h_behind = path.half_log_snr(s) - now, now - path.half_log_snr(behind.t)
-    weight = torch.where(s > 0, gain * h / (2 * h_behind), 0.0)
-    return combine((ratio, node.x), (gain + weight, node.clean), (-weight, behind.clean))
+    h, h_previous = path.half_log_snr(s) - now, now - path.half_log_snr(previous.t)
+    weight = torch.where(s > 0, gain * h / (2 * h_previous), 0.0)
+    return combine((ratio, node.x), (gain + weight, node.clean), (-weight, previous.clean))
 
 
 def _correct(path: Path, history: History, t: Tensor, clean: Tensor) -> Tensor:
-    """UniC of UniPC: the last step again, from where it left to t, now that the clean prediction at t is known.
+    """UniC of UniPC: repeats the step that ended at t, now that the clean prediction at t is known.
 
-    With m_0 where the step left, m_1 at t, m_behind one node further back:
-    x_t = ratio x + gain (m_0 + rho_1 (m_behind - m_0) / r + rho_2 (m_1 - m_0)).
+    With m_0 at the step's start, m_1 at t, m_previous one node earlier:
+    x_t = ratio x + gain (m_0 + rho_1 (m_previous - m_0) / r + rho_2 (m_1 - m_0)).
     """
     node, *rest = history
     ratio, gain = _hold(path, node.t, t)
     if not rest:  # order 1: UniC-1 fixes rho_2 = 1/2
         return combine((ratio, node.x), (gain / 2, node.clean), (gain / 2, clean))
-    behind = rest[0]
+    previous = rest[0]
     start = path.half_log_snr(node.t)
     h = path.half_log_snr(t) - start
-    r = (path.half_log_snr(behind.t) - start) / h
+    r = (path.half_log_snr(previous.t) - start) / h
     rho_1, rho_2 = unic_weights(h, r)
     w_1, w_2 = gain * rho_1 / r, gain * rho_2
-    return combine((ratio, node.x), (gain - w_1 - w_2, node.clean), (w_1, behind.clean), (w_2, clean))
+    return combine((ratio, node.x), (gain - w_1 - w_2, node.clean), (w_1, previous.clean), (w_2, clean))
 
 
 def unic_weights(h: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """(rho_1, rho_2) of UniC-2: rho_1 + rho_2 = phi_2 / phi_1 and r rho_1 + rho_2 = 2 phi_3 / phi_1, all phi at -h.
 
-    h > 0 is the step in lambda, r < 0 where the node behind lies, in steps. phi_1(z) = (e^z - 1) / z, phi_k+1(z) =
+    h > 0 is the step in lambda, r < 0 the position of the previous node in units of h. phi_1(z) = (e^z - 1) / z, phi_k+1(z) =
     (phi_k(z) - 1 / k!) / z. At r = -inf the weights are (0, phi_2 / phi_1).
     """
     phi_1 = torch.expm1(-h) / -h
@@ -176,9 +176,9 @@ SOLVERS = {
 
 
 def evaluations(solver: Solver, grid: Tensor, noisy: Collection[int] = ()) -> int:
-    """How often a solve over the grid [S+1] evaluates the network; guidance multiplies it by a factor of its own.
+    """Network evaluations of a solve on the grid [S+1]; guidance multiplies them by `guidance_evaluations`.
 
-    noisy: steps that add noise of their own, which take one evaluation each.
+    noisy: steps that add fresh noise, which take one evaluation each.
     """
     steps = len(grid) - 1
     single = {*noisy, *([steps - 1] if grid[-1] == 0 else [])}

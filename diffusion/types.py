@@ -54,7 +54,7 @@ class Plan:
     predictions: bool = False
     """Keep the native prediction at the recorded states too."""
     noisy: Sequence[int] = ()
-    """Solver steps, 0..S-1, that add noise of their own; see `diffusion.integrate`."""
+    """Solver steps, 0..S-1, that add fresh noise; see `diffusion.integrate`."""
     scored: bool = True
     """Decode the last states and score the images."""
 
@@ -79,7 +79,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Condition:
-    """Encoded prompts. What the tensors mean is known in generators/ only; others index, repeat, join and pass on."""
+    """Encoded prompts. Only generators/ interprets the tensors; all other code indexes, repeats, joins and passes them on."""
 
     tensors: Mapping[str, Tensor]
     """Each [B, ...], float, one batch size for all."""
@@ -114,7 +114,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The states an ODE solve was asked to keep, in solving order (noise first)."""
+    """The recorded states of an ODE solve, in solving order (noise first)."""
 
     x: Tensor
     """[B, R, ...] float; R recorded states."""
@@ -122,7 +122,7 @@ class Trajectory:
     """[R] float64, strictly decreasing, in [0, 1]."""
     prediction: Tensor | None = None
     """[B, R', ...] the network's native predictions at the first R' states, guidance included: R' is R, or R - 1 where the last
-    recorded state is the end of the solve, at which the network is not evaluated. None unless asked for."""
+    recorded state is the end of the solve, at which the network is not evaluated. None unless recorded."""
 
     def __post_init__(self) -> None:
         if self.x.shape[1] != self.t.shape[0]:
@@ -193,7 +193,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a source of rollouts hands over: the rollout, and its images while they are where they were drawn."""
+    """What a source of rollouts returns: the rollout and its images, which stay in the process that drew them."""
 
     rollout: Rollout
     images: Tensor | None
@@ -251,7 +251,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Cost:
-    """Network evaluations of a training step for one group, at most; classifier-free guidance is not included."""
+    """Network evaluations of a training step for one group, upper bounds; the factor of guidance is not included."""
 
     with_gradient: int
     without: int
@@ -260,14 +260,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the rest of an experiment says that a method's config may have to refuse."""
+    """Settings of the rest of an experiment that a method's config may refuse."""
 
     steps: int
     """S, solver steps"""
     standardized_rewards: bool = False
     """Rewards are standardised inside each group before they are summed, so their scale is lost."""
     staleness: int = 0
-    """Versions by which the policy that draws may lag behind the one that learns."""
+    """Versions by which the policy that samples may lag behind the one that learns."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Prompts -> rollouts. Imports diffusion/, inputs/ and worlds/ alone.
 
-prompts.py    prompt sets: text, JSONL, Parquet, datasets, the embedded ones; which prompts a step draws
+prompts.py    prompt sets: text, JSONL, Parquet, datasets, the embedded ones; the prompts of a training step
 worker.py     prompt groups with their seeds; the rollout worker: groups -> trajectories and images
 """
 

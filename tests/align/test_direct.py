@@ -1,4 +1,4 @@
-"""What DRTune, ReFL, DRaFT and AlignProp must be, in float64 on networks small enough to know the answer."""
+"""DRTune, ReFL, DRaFT and AlignProp against closed forms and plain autograd, in float64 on small networks."""
 
 from collections import Counter
 from dataclasses import replace
@@ -39,7 +39,7 @@ SIZE = 6
 
 
 class Network(nn.Module):
-    """Two layers that see the state and the time; counts its evaluations with and without gradient, one for each row."""
+    """Two layers over the state and the time; counts its evaluations with and without gradient, one for each row."""
 
     def __init__(self, sees_input=True):
         super().__init__()
@@ -58,7 +58,7 @@ class Network(nn.Module):
 
 
 def judge(latents, prompts):
-    """A reward that is not linear, so that its gradient says where it was taken."""
+    """A nonlinear reward, so that its gradient depends on the point where it is taken."""
     total = torch.sin(3 * latents).sum(1) + 0.1 * latents.square().sum(1)
     return Scores(total, {"wave": total})
 
@@ -127,7 +127,7 @@ def test_ddim_telescopes():
     torch.testing.assert_close(prediction_coefficients(path, SOLVERS["euler"], GRID), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_network_blind_to_its_input_gets_the_whole_gradient(solver, path):
+def test_a_network_that_ignores_its_input_gets_the_full_gradient(solver, path):
     network, some = Network(sees_input=False), rows(range(T))
     full = rollout_with_gradient(network, some, tools(network, path, solver))
     cut = drtuned(network, some, solver, path)
@@ -136,7 +136,7 @@ def test_a_network_blind_to_its_input_gets_the_whole_gradient(solver, path):
     torch.testing.assert_close(gradient(-judge(cut, some.prompts).total.mean(), network), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_network_that_sees_its_input_does_not(solver, path):
+def test_a_network_that_uses_its_input_does_not(solver, path):
     network, some = Network(), rows(range(T))
     full = gradient(rollout_with_gradient(network, some, tools(network, path, solver)).sum(), network)
     cut = gradient(drtuned(network, some, solver, path).sum(), network)
@@ -144,7 +144,7 @@ def test_a_network_that_sees_its_input_does_not(solver, path):
 
 
 @pytest.mark.parametrize("arguments", [{"detach_input": True}, {"recompute": True}, {}])
-def test_bookkeeping_does_not_change_the_images(solver, path, arguments):
+def test_gradient_options_do_not_change_the_images(solver, path, arguments):
     network = Network()
     with torch.no_grad():
         plain = integrate(network, rows(()).noise, stop_early(GRID, 7), path, solver).x[:, -1]
@@ -153,13 +153,13 @@ def test_bookkeeping_does_not_change_the_images(solver, path, arguments):
     assert torch.equal(got, plain)
 
 
-def test_the_state_path_is_alive(solver, path):
+def test_the_state_keeps_its_gradient(solver, path):
     network, some = Network(), rows((0,))
     assert gradient(drtuned(network, some, solver, path).sum(), network).norm() > 1e-3
 
 
 def test_the_gradient_is_bounded_where_the_full_one_is_not():
-    """v = lambda x with a large lambda: through all inputs the gradient grows like a product, else like the states."""
+    """v = lambda x with a large lambda: through all inputs the gradient grows like a product, otherwise like the states."""
     factor = torch.tensor(-60.0, dtype=torch.float64, requires_grad=True)
     some = rows(range(T))
 
@@ -199,8 +199,8 @@ def test_the_spacing_by_hand():
 
 
 def draws(config, steps, number=4000):
-    generator = torch.Generator().manual_seed(0)
-    return [draw_steps(steps, config, generator) for _ in range(number)]
+    rng = torch.Generator().manual_seed(0)
+    return [draw_steps(steps, config, rng) for _ in range(number)]
 
 
 @pytest.mark.parametrize("draw", ["full", "prefix"])
@@ -217,7 +217,7 @@ def test_s_is_k_steps_a_constant_stride_apart(draw, steps, k):
 
 
 def test_the_coverage_of_25_steps_by_3():
-    """Every step has probability 1/9, but for the paper's 9 and 17, which have 2/9."""
+    """Every step has probability 1/9, except for the paper's 9 and 17, which have 2/9."""
     counts = Counter(25 - i for trained, _ in draws(DRTuneConfig(), 25) for i in trained)
     for t in range(1, 26):
         assert counts[t] / 4000 == pytest.approx(2 / 9 if t in (9, 17) else 1 / 9, abs=0.02)
@@ -228,8 +228,8 @@ def test_the_coverage_is_even_where_k_divides_t():
     assert all(counts[i] / 4000 == pytest.approx(0.2, abs=0.02) for i in range(25))
 
 
-def test_how_many_steps_are_trained():
-    """T = 25, K = 3, m = 10: 2.49 in the mean, at least 1; m = 20 leaves none now and then."""
+def test_the_number_of_trained_steps():
+    """T = 25, K = 3, m = 10: 2.49 on average, at least 1; m = 20 sometimes leaves none."""
     executed = [sum(i <= stop for i in trained) for trained, stop in draws(DRTuneConfig(), 25)]
     assert sum(executed) / 4000 == pytest.approx(2.49, abs=0.03)
     assert min(executed) == 1
@@ -310,7 +310,7 @@ def test_draft_lv_by_hand(path):
     assert torch.equal(items[1:3].renoise, items.renoise[1:3])
 
 
-def test_alignprop_goes_back_through_the_last_k(path):
+def test_alignprop_back_propagates_through_the_last_k(path):
     for seed in range(8):
         network = Network()
         got, items = loss_gradient(AlignProp(AlignPropConfig()), network, path, seed)
@@ -336,7 +336,7 @@ def test_recomputing_keeps_the_gradient_and_costs_a_second_evaluation(path):
     assert torch.equal(gradients[0], gradients[1])
 
 
-def test_the_pull_is_the_distance_to_the_frozen_network_s_image(path):
+def test_the_reference_term_is_the_distance_to_the_frozen_network_s_image(path):
     network = Network()
     method, given = DRTune(DRTuneConfig(reference_weight=0.5)), tools(network, path)
     items = method.items(rollout(), None, given)
@@ -361,7 +361,7 @@ def test_the_loss_by_hand():
     assert reward_loss(rewards, 0.55).item() == pytest.approx(0.35 / 3)
 
 
-def test_the_hinge_leaves_alone_what_is_good_enough():
+def test_rewards_above_the_hinge_have_no_gradient():
     rewards = torch.tensor([0.2, 0.6], requires_grad=True)
     reward_loss(rewards, 0.5).backward()
     assert rewards.grad.tolist() == [-0.5, 0.0]
@@ -411,6 +411,6 @@ def test_too_few_solver_steps(config, steps, words):
         config.check(RunSettings(steps))
 
 
-def test_draft_lv_is_of_one_step():
+def test_draft_lv_needs_a_single_step():
     with pytest.raises(ValueError, match="DRaFT-LV repeats a single step"):
         DRaFTConfig(train_steps=2, low_variance=2)

@@ -1,4 +1,4 @@
-"""Every claim the algorithm makes of itself: noise, advantages, policy, ratio, gradient, rows, cost; and that it trains."""
+"""The properties that the algorithm states: noise, advantages, policy, ratio, gradient, rows, cost; and that it trains."""
 
 import math
 from dataclasses import replace
@@ -34,7 +34,7 @@ PATHS = {
 }
 
 
-def generator(seed=0):
+def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
@@ -47,7 +47,7 @@ def gradient(value, network):
 
 
 class Network(nn.Module):
-    """The flow towards N(prompt, deviation^2 I) in closed form; adapter "policy" adds a small net, silent unless moved."""
+    """The flow towards N(prompt, deviation^2 I) in closed form; adapter "policy" adds a small network, zero unless moved."""
 
     deviation = 0.5
 
@@ -57,9 +57,9 @@ class Network(nn.Module):
         self.outer = nn.Linear(16, elements, dtype=dtype)
         with torch.no_grad():
             for p in self.inner.parameters():
-                p.copy_(torch.randn(p.shape, dtype=dtype, generator=generator(1)) / 2)
+                p.copy_(torch.randn(p.shape, dtype=dtype, generator=rng(1)) / 2)
             for p in self.outer.parameters():
-                p.copy_(torch.randn(p.shape, dtype=dtype, generator=generator(2)) * moved)
+                p.copy_(torch.randn(p.shape, dtype=dtype, generator=rng(2)) * moved)
         self.calls = []
 
     def forward(self, x, t, condition, adapter):
@@ -140,7 +140,7 @@ def test_neighbours_are_standard_normal_and_correlate_by_one_minus_s_squared():
 
 
 def test_neighbours_at_the_ends_of_s_are_independent_and_identical():
-    shared, own = torch.randn(2, 5, 4, dtype=F64, generator=generator())
+    shared, own = torch.randn(2, 5, 4, dtype=F64, generator=rng())
     torch.testing.assert_close(neighbor_noise(shared[0], own, 1.0), own, rtol=0, atol=0)
     torch.testing.assert_close(neighbor_noise(shared[0], own, 0.0), shared[:1].expand(5, 4), rtol=0, atol=0)
 
@@ -166,22 +166,22 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("p", [0.5, 0.8, 1.0, 2.0])
 def test_the_quasi_norm_is_one_and_the_norm_stays_in_its_range(p):
-    a = group_advantages(torch.randn(50, 12, generator=generator()), p)
+    a = group_advantages(torch.randn(50, 12, generator=rng()), p)
     torch.testing.assert_close((a.abs() ** p).sum(dim=1) ** (1 / p), torch.ones(50, dtype=F64))
     norm = a.norm(dim=1)
     assert (norm >= 12 ** (0.5 - 1 / p) - 1e-12).all()
     assert (norm <= 1 + 1e-12).all()
 
 
-def test_the_quasi_norm_damps_groups_where_nobody_stands_out():
+def test_the_quasi_norm_damps_groups_where_no_sample_stands_out():
     flat, peaked = [0.0] * 6 + [1.0] * 6, [0.0] * 11 + [1.0]
     norms = group_advantages(torch.tensor([flat, peaked]), 0.8).norm(dim=1)
     torch.testing.assert_close(norms, torch.tensor([0.155, 0.314], dtype=F64), atol=5e-4, rtol=0)
     torch.testing.assert_close(group_advantages(torch.tensor([flat, peaked]), 2.0).norm(dim=1), torch.ones(2, dtype=F64))
 
 
-def test_advantages_do_not_see_the_rewards_scale_and_zero():
-    rewards = torch.randn(4, 6, dtype=F64, generator=generator())
+def test_advantages_do_not_depend_on_the_rewards_scale_and_offset():
+    rewards = torch.randn(4, 6, dtype=F64, generator=rng())
     for a, b in [(3.0, 7.0), (1e-6, 1.0), (1e30, 0.0)]:
         torch.testing.assert_close(group_advantages(a * rewards + b, 0.8), group_advantages(rewards, 0.8), atol=1e-9, rtol=0)
 
@@ -195,7 +195,7 @@ def test_spread_weights_by_hand():
     torch.testing.assert_close(spread_weights(-3 * rewards + 7), spread_weights(rewards))
 
 
-def test_a_group_that_hardly_differs_hardly_counts_with_spread_weights():
+def test_spread_weights_reduce_groups_with_similar_rewards():
     scores = Scores(torch.tensor([0.0, 1.0, 0.0, 3.0, 5.0, 5.0]), {})  # the last group has no signal
     rows = []
     for weights in (False, True):
@@ -216,7 +216,7 @@ def test_the_policy_by_hand():
 
 def test_the_summed_distance_of_a_large_state_stays_finite():
     elements = 100_000
-    x = neighbor_noise(torch.randn(elements, generator=generator()), torch.randn(12, elements, generator=generator(1)), 0.3)
+    x = neighbor_noise(torch.randn(elements, generator=rng()), torch.randn(12, elements, generator=rng(1)), 0.3)
     for scale in (1, 100):  # |x_i - y|^2 is 18,000, then 180 million
         log_pi = log_policy(scale * x[None], scale * x[:1], 1 / elements)
         assert log_pi.isfinite().all()
@@ -227,7 +227,7 @@ def test_the_summed_distance_of_a_large_state_stays_finite():
 
 
 def test_the_mean_distance_is_exact_enough_for_the_clip():
-    x, y = torch.randn(1, 4, 100_000, generator=generator()), torch.randn(1, 100_000, generator=generator(1))
+    x, y = torch.randn(1, 4, 100_000, generator=rng()), torch.randn(1, 100_000, generator=rng(1))
     exact = log_policy(x.double(), y.double(), 1.0)
     assert (log_policy(x, y, 1.0) - exact).abs().max() < 2e-6
 
@@ -246,7 +246,7 @@ def test_the_mean_distance_is_exact_enough_for_the_clip():
         (0.0, 1.2, 0.0, 0.0),
     ],
 )
-def test_the_clip_stops_what_has_gone_far_enough(advantage, ratio, term, slope):
+def test_the_clip_stops_the_gradient_outside_its_range(advantage, ratio, term, slope):
     rho = torch.tensor([[ratio]], dtype=F64, requires_grad=True)
     value = clipped_terms(rho, torch.tensor([[advantage]], dtype=F64), 0.1)
     value.sum().backward()
@@ -265,11 +265,11 @@ def stencil(function, y, h):
 @pytest.mark.parametrize("tau", [1.0, 4.0, 0.25])
 def test_at_the_old_policy_the_gradient_is_advantage_weighted_squared_error(tau):
     group, elements = 5, 4
-    x = torch.randn(1, group, elements, dtype=F64, generator=generator())
-    a = group_advantages(torch.randn(1, group, generator=generator(1)), 0.8)
+    x = torch.randn(1, group, elements, dtype=F64, generator=rng())
+    a = group_advantages(torch.randn(1, group, generator=rng(1)), 0.8)
     closed_form = 2 / (tau * group) * (a @ x[0])[0] / elements  # / D: the distance is a mean
-    for seed in (2, 3):  # the same wherever y lies
-        y = 0.3 * torch.randn(elements, dtype=F64, generator=generator(seed))
+    for seed in (2, 3):  # the same for every y
+        y = 0.3 * torch.randn(elements, dtype=F64, generator=rng(seed))
         old = log_policy(x, y[None], tau)
 
         def value(y, old=old):
@@ -282,18 +282,18 @@ def test_at_the_old_policy_the_gradient_is_advantage_weighted_squared_error(tau)
 
 
 def test_identical_candidates_give_no_gradient():
-    x = torch.randn(1, 1, 4, dtype=F64, generator=generator()).expand(1, 6, 4)
-    y = torch.randn(1, 4, dtype=F64, generator=generator(1)).requires_grad_()
-    a = group_advantages(torch.randn(1, 6, generator=generator(2)), 0.8)
+    x = torch.randn(1, 1, 4, dtype=F64, generator=rng()).expand(1, 6, 4)
+    y = torch.randn(1, 4, dtype=F64, generator=rng(1)).requires_grad_()
+    a = group_advantages(torch.randn(1, 6, generator=rng(2)), 0.8)
     log_pi = log_policy(x, y, 1.0)
     (found,) = torch.autograd.grad(clipped_terms((log_pi - log_pi.detach()).exp(), a, 1e-4).mean(), y)
     assert found.abs().max() < 1e-15
 
 
-def test_candidates_have_no_order():
-    shuffle = torch.randperm(6, generator=generator())
-    x, y = torch.randn(2, 6, 4, dtype=F64, generator=generator()), torch.randn(2, 4, dtype=F64, generator=generator(1))
-    rewards = torch.randn(2, 6, generator=generator(2))
+def test_the_order_of_candidates_does_not_matter():
+    shuffle = torch.randperm(6, generator=rng())
+    x, y = torch.randn(2, 6, 4, dtype=F64, generator=rng()), torch.randn(2, 4, dtype=F64, generator=rng(1))
+    rewards = torch.randn(2, 6, generator=rng(2))
     torch.testing.assert_close(log_policy(x[:, shuffle], y, 1.0), log_policy(x, y, 1.0)[:, shuffle])
     torch.testing.assert_close(group_advantages(rewards[:, shuffle], 0.8), group_advantages(rewards, 0.8)[:, shuffle])
 
@@ -306,22 +306,22 @@ def test_a_row_is_an_anchor_at_a_step_among_its_group():
     rollout = draw(algorithm, Network(), groups=2, steps=4)
     rows = items_of(algorithm, rollout, Network(), seed=3)
     assert len(rows) == 2 * 2 * 2
-    asked = {}
+    inputs = {}
 
     def predict(x, t, condition, adapter):
-        asked.update(x=x, t=t, mean=condition.tensors["mean"], adapter=adapter)
+        inputs.update(x=x, t=t, mean=condition.tensors["mean"], adapter=adapter)
         return torch.full_like(x, 0.25)
 
-    found = rows.log_policy(*rows.ask(predict, "policy"), PATHS["flow"], 0.1)
+    found = rows.log_policy(*rows.evaluate(predict, "policy"), PATHS["flow"], 0.1)
     states = rollout.trajectory.x
     for n, (m, k, j) in enumerate(zip(rows.group.tolist(), rows.anchor.tolist(), rows.step.tolist(), strict=True)):
         source, t, s = states[3 * m + k, j], rollout.trajectory.t[j], rollout.trajectory.t[j + 1]
-        assert torch.equal(asked["x"][n], source)
-        assert asked["t"][n] == t
-        assert asked["mean"][n] == rollout.condition.tensors["mean"][m]
+        assert torch.equal(inputs["x"][n], source)
+        assert inputs["t"][n] == t
+        assert inputs["mean"][n] == rollout.condition.tensors["mean"][m]
         distance = ((states[3 * m : 3 * m + 3, j + 1] - (source + (s - t) * 0.25)) ** 2).mean(dim=1)
         torch.testing.assert_close(found[n], torch.log_softmax(-distance / 0.1, dim=0))
-    assert asked["adapter"] == "policy"
+    assert inputs["adapter"] == "policy"
 
 
 def test_anchors_and_steps_are_drawn_evenly_and_without_replacement():
@@ -347,7 +347,7 @@ def test_only_steps_inside_the_window_are_trained(window, steps, trained):
     assert set(rows.step.tolist()) == trained
 
 
-def test_the_generator_decides_everything():
+def test_all_choices_come_from_the_rng():
     def rows(seed, reward=lambda x: x[:, 0]):
         algorithm = objective(group_size=6, anchors=3, train_steps=2, inner_updates=2)
         rollout = draw(algorithm, Network(), groups=4)
@@ -366,7 +366,7 @@ def test_the_generator_decides_everything():
 @pytest.mark.parametrize(
     "dull", [torch.full((6,), 0.1), torch.tensor([1, 2, math.nan, 3, 4, 5]), torch.tensor([1, 2, math.inf, 3, 4, 5])]
 )
-def test_groups_without_signal_are_left_out(dull):
+def test_groups_without_signal_are_excluded(dull):
     algorithm = objective(group_size=6, anchors=3, train_steps=2, inner_updates=2)
     rollout = draw(algorithm, Network(), groups=2)
     total = torch.cat([dull, torch.arange(6.0)])
@@ -415,7 +415,7 @@ def test_an_old_policy_at_the_stored_state_would_not_start_at_one(solver, starts
 
 
 def test_the_gradient_reaches_the_parameters_through_one_step():
-    """The whole loss by finite differences with the old policy kept, against autograd with the old policy detached."""
+    """The whole loss by finite differences with a fixed old policy, against autograd with the old policy detached."""
     network = Network(moved=0.3)
     algorithm, rows = make(network, knobs={"inner_updates": 2, "clip": 0.5})
     found = gradient(loss_of(algorithm, replace(rows, old=None), network).value, network)
@@ -435,7 +435,7 @@ def test_a_small_step_moves_towards_the_better_neighbours(solver):
     algorithm, rows = make(network, solver=solver)
 
     def attraction():
-        source, prediction = rows.ask(network, "policy")
+        source, prediction = rows.evaluate(network, "policy")
         y = PATHS["flow"].step(source, rows.t[rows.step], rows.t[rows.step + 1], prediction)
         towards = (rows.advantages[rows.group][..., None] * rows.x[rows.group, :, rows.step + 1]).sum(dim=1)
         return (towards * y).sum().item()
@@ -502,7 +502,7 @@ def test_later_inner_updates_leave_ratio_one_until_the_clip_stops_them():
     assert values[-1] > -1e-3  # a term gains at most A_i c
 
 
-def test_the_reference_pulls_to_the_prediction_without_adapter():
+def test_the_reference_term_pulls_to_the_prediction_without_adapter():
     network = Network()
     algorithm, rows = make(network, knobs={"reference_weight": 2.0})
     with torch.no_grad():
@@ -518,7 +518,7 @@ def test_the_reference_pulls_to_the_prediction_without_adapter():
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_what_an_iteration_costs(updates):
+def test_the_evaluations_of_an_iteration(updates):
     network = Network()
     algorithm = objective(group_size=6, anchors=3, train_steps=2, inner_updates=updates)
     rollout = draw(algorithm, network, groups=2, steps=5, solver="heun")
@@ -536,9 +536,9 @@ def test_what_an_iteration_costs(updates):
     assert len(network.calls) == updates
 
 
-def test_sampling_is_deterministic_and_knows_no_policy(monkeypatch):
+def test_sampling_is_deterministic_and_does_not_use_the_surrogate_policy(monkeypatch):
     def forbidden(*_):
-        raise AssertionError("sampling touched the surrogate policy")
+        raise AssertionError("sampling used the surrogate policy")
 
     monkeypatch.setattr(neighbor_grpo, "log_policy", forbidden)
     network = Network(moved=0.3)
@@ -555,7 +555,7 @@ def test_bfloat16_states_are_stepped_and_compared_in_float32():
     assert rows.x.dtype == torch.bfloat16
     assert math.prod(rows.x.shape[3:]) == shape_elements
     with torch.no_grad():
-        network.outer.bias += 1e-4  # far below a bfloat16 digit of y
+        network.outer.bias += 1e-4  # far below the resolution of y in bfloat16
     loss = loss_of(algorithm, rows, network)
     assert loss.value.dtype == torch.float32
     assert 1e-7 < loss.metrics["ratio/max_log"] < 1e-4
@@ -596,8 +596,8 @@ def test_a_large_state_and_the_papers_summed_distance():
         ({"perturbation": 0}, "perturbation", "greater than 0"),
         ({"perturbation": 1.1}, "perturbation", "less than or equal to 1"),
         ({"train_steps": 0}, "train_steps", "greater than or equal to 1"),
-        ({"train_window": (0.5, 0.5)}, "train_window", "rising fractions between 0 and 1"),
-        ({"train_window": (0.0, 1.5)}, "train_window", "rising fractions between 0 and 1"),
+        ({"train_window": (0.5, 0.5)}, "train_window", "increasing fractions between 0 and 1"),
+        ({"train_window": (0.0, 1.5)}, "train_window", "increasing fractions between 0 and 1"),
         ({"temperature": 0}, "temperature", "greater than 0"),
         ({"temperature": math.inf}, "temperature", "finite"),
         ({"clip": 0}, "clip", "greater than 0"),
@@ -624,7 +624,7 @@ def test_more_trained_steps_than_the_solve_has_are_refused():
     assert list(objective().plan(1, 5).record) == [0, 1, 2, 3, 4, 5]
 
 
-def test_every_knob_says_where_it_comes_from():
+def test_every_knob_states_its_source():
     assert ALGORITHMS["neighbor_grpo"] is NeighborGRPO
     fields = NeighborGRPO.Config.model_fields
     assert all(any(source in field.description for source in ("paper", "AR-CoPO", "ours")) for field in fields.values())

@@ -40,7 +40,7 @@ def test_time_grid_converts():
 @pytest.mark.parametrize(
     "times", [[], [1.0], [[1.0, 0.0]], [0.0, 1.0], [1.0, 0.5, 0.5], [1.1, 0.0], [1.0, -0.1], [1.0, math.nan]]
 )
-def test_what_is_no_grid_is_refused(times):
+def test_an_invalid_grid_is_refused(times):
     with pytest.raises(ValueError, match="time grid"):
         time_grid(times)
 

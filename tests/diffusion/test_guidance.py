@@ -5,7 +5,7 @@ from diffusion import Condition, guidance_evaluations, guide, guided
 
 
 class Network:
-    """Adds the condition to the state, times a weight; remembers what it was asked."""
+    """Adds the condition to the state, times a weight; records its calls."""
 
     def __init__(self):
         self.weight = torch.ones((), requires_grad=True)
@@ -25,21 +25,21 @@ def test_guide_by_hand():
     assert guide(torch.tensor(3.0), torch.tensor(1.0), 0.0).item() == 1.0
 
 
-def test_scale_one_asks_once_without_negative():
+def test_scale_one_is_one_call_without_negative():
     network = Network()
     predict = guided(network, POSITIVE, adapter="policy")
     assert predict(X, T)[:, 0].tolist() == [1.0, 2.0]
     assert network.calls == [(2, 0.5, "policy", True)]
 
 
-def test_guidance_asks_once_with_both_branches():
+def test_guidance_is_one_call_with_both_branches():
     network = Network()
     predict = guided(network, POSITIVE, adapter=None, scale=3.0, negative=NEGATIVE)
     assert predict(X, T)[:, 0].tolist() == [10 - 27, 20 - 54]
     assert network.calls == [(4, 0.5, None, True)]
 
 
-def test_a_time_per_sample_is_asked_in_both_branches():
+def test_a_time_per_sample_reaches_both_branches():
     network = Network()
     guided(network, POSITIVE, adapter=None, scale=3.0, negative=NEGATIVE)(X, torch.tensor([0.5, 0.25]))
     assert network.calls == [(4, [0.5, 0.25, 0.5, 0.25], None, True)]
@@ -55,7 +55,7 @@ def test_detaching_the_negative_branch_changes_the_gradient_only(detach, gradien
     assert network.weight.grad.item() == gradient
 
 
-def test_the_detached_branch_keeps_no_activations():
+def test_the_detached_branch_stores_no_activations():
     network = Network()
     guided(network, POSITIVE, adapter=None, scale=3.0, negative=NEGATIVE, detach_negative=True)(X, T)
     assert network.calls == [(2, 0.5, None, False), (2, 0.5, None, True)]

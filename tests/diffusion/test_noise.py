@@ -4,11 +4,11 @@ import torch
 from diffusion import sample_noise, sample_seed
 
 
-def test_seed_is_pinned():
+def test_seed_has_its_known_values():
     assert sample_seed(0, 0, "glyphs/train/0", 0) == 3577306353437976059
 
 
-def test_seed_depends_on_every_argument_and_on_their_borders():
+def test_seed_depends_on_every_argument_and_on_their_boundaries():
     seeds = [
         sample_seed(0, 0, "a", 0),
         sample_seed(1, 0, "a", 0),
@@ -29,7 +29,7 @@ def test_seed_fits_an_int64():
     assert seeds.max() > 2**62
 
 
-def test_noise_is_pinned():
+def test_noise_has_its_known_values():
     torch.testing.assert_close(
         sample_noise([1], [4]), torch.tensor([[0.661352, 0.266924, 0.061677, 0.621317]]), atol=1e-4, rtol=0
     )
@@ -41,7 +41,7 @@ def test_noise_belongs_to_the_sample():
     assert torch.equal(sample_noise(torch.tensor([9, 7]), (4, 8, 8)), together[[2, 0]])
 
 
-def test_noise_leaves_the_global_generator_alone():
+def test_noise_does_not_use_the_global_rng():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)

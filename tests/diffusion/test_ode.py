@@ -1,4 +1,4 @@
-"""What a solve records, where gradient flows, and how much of each prediction arrives at the end."""
+"""What a solve records, where gradient flows, and the coefficients of predictions in the last state."""
 
 from itertools import pairwise
 
@@ -39,9 +39,9 @@ def solver(request):
 class Network(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        generator = torch.Generator().manual_seed(2)
-        self.inner = torch.nn.Parameter(torch.randn(5, 8, dtype=F64, generator=generator) / 2)
-        self.outer = torch.nn.Parameter(torch.randn(8, 5, dtype=F64, generator=generator) / 2)
+        rng = torch.Generator().manual_seed(2)
+        self.inner = torch.nn.Parameter(torch.randn(5, 8, dtype=F64, generator=rng) / 2)
+        self.outer = torch.nn.Parameter(torch.randn(8, 5, dtype=F64, generator=rng) / 2)
 
     def forward(self, x, t):
         return torch.tanh(x @ self.inner + t) @ self.outer
@@ -71,16 +71,16 @@ def test_recorded_states_are_those_of_the_whole_solve(path, solver):
     assert torch.equal(some.x, whole.x[:, [0, 2, 4]])
 
 
-def test_the_network_is_asked_at_the_recorded_states(path):
-    asked = []
+def test_the_network_is_evaluated_at_the_recorded_states(path):
+    evaluated = []
 
     def predict(x, t):
-        asked.append(x)
+        evaluated.append(x)
         return torch.tanh(x)
 
     grid = GRIDS["interior"]
     trajectory = integrate(predict, X, grid, path, SOLVERS["unipc"], record=range(4))
-    assert torch.equal(trajectory.x, torch.stack(asked, dim=1))
+    assert torch.equal(trajectory.x, torch.stack(evaluated, dim=1))
 
 
 def test_a_solve_starts_late_on_the_end_of_a_grid(path):
@@ -112,33 +112,33 @@ def test_indices_outside_the_grid_are_refused(arguments, message):
         integrate(Network(), X, GRIDS["interior"], PATHS["flow"], SOLVERS["euler"], **arguments)
 
 
-def test_what_is_no_grid_is_refused():
+def test_an_invalid_grid_is_refused():
     with pytest.raises(ValueError, match="fall strictly"):
         integrate(Network(), X, torch.tensor([0.1, 0.9]), PATHS["flow"], SOLVERS["euler"])
 
 
 def test_without_trained_steps_nothing_has_a_gradient(path, solver):
     x = X.clone().requires_grad_()
-    asked = []
+    evaluated = []
 
     def predict(x, t):
-        asked.append(torch.is_grad_enabled())
+        evaluated.append(torch.is_grad_enabled())
         return torch.tanh(x)
 
     assert not integrate(predict, x, GRIDS["interior"], path, solver).x.requires_grad
-    assert not any(asked)
+    assert not any(evaluated)
 
 
-def test_only_trained_steps_ask_with_gradient(path, solver):
+def test_only_trained_steps_are_evaluated_with_gradient(path, solver):
     per_step = solver.evaluations
-    asked = []
+    evaluated = []
 
     def predict(x, t):
-        asked.append(torch.is_grad_enabled())
+        evaluated.append(torch.is_grad_enabled())
         return torch.tanh(x)
 
     integrate(predict, X, GRIDS["interior"], path, solver, trained_steps={1, 3})
-    assert asked == [trained for trained in (False, True, False, True) for _ in range(per_step)]
+    assert evaluated == [trained for trained in (False, True, False, True) for _ in range(per_step)]
 
 
 def test_gradient_bookkeeping_does_not_change_the_states(path, solver, grid):
@@ -148,7 +148,7 @@ def test_gradient_bookkeeping_does_not_change_the_states(path, solver, grid):
     assert torch.equal(plain, integrate(detached(network), X, grid, path, solver, trained_steps=[0]).x)
 
 
-def test_the_state_path_is_alive_behind_a_single_early_trained_step(path, solver):
+def test_the_state_keeps_the_gradient_of_a_single_early_trained_step(path, solver):
     network = Network()
     x = integrate(detached(network), X, GRIDS["noise to data"], path, solver, trained_steps=[0]).x
     assert gradient(x.sum(), network).norm() > 1e-3
@@ -169,10 +169,10 @@ def test_gradient_with_detached_inputs_is_the_sum_over_evaluations(path, solver,
     """dL/dtheta = sum over trained evaluations of c_k (d prediction_k / d theta)^T dL/dx, no product of Jacobians."""
     network, steps = Network(), len(grid) - 1
     trained = range(steps) if trained is None else trained
-    asked = []
+    evaluated = []
 
     def predict(x, t):
-        asked.append((x.detach(), t, torch.is_grad_enabled()))
+        evaluated.append((x.detach(), t, torch.is_grad_enabled()))
         return network(x.detach(), t)
 
     x = integrate(predict, X, grid, path, solver, trained_steps=trained).x[:, -1]
@@ -180,7 +180,7 @@ def test_gradient_with_detached_inputs_is_the_sum_over_evaluations(path, solver,
     (upstream,) = torch.autograd.grad((x - target).square().sum(), x, retain_graph=True)
     explicit = sum(
         gradient((c * network(x_k, t_k) * upstream).sum(), network)
-        for c, (x_k, t_k, with_grad) in zip(prediction_coefficients(path, solver, grid), asked, strict=True)
+        for c, (x_k, t_k, with_grad) in zip(prediction_coefficients(path, solver, grid), evaluated, strict=True)
         if with_grad
     )
     actual = gradient((x - target).square().sum(), network)
@@ -224,7 +224,7 @@ def test_coefficients_of_a_flow_sum_to_the_length_of_the_interval(solver, grid):
 
 
 def test_converting_the_prediction_from_a_detached_input_is_another_gradient():
-    """Why the native prediction travels unconverted: same states, but the state inside the conversion is no longer live."""
+    """Why networks return their native prediction: same states, but the state inside the conversion has no gradient."""
     network, path, grid = Network(), PATHS["v"], GRIDS["interior"]
     as_noise = PATHS["noise"]
 
@@ -263,7 +263,7 @@ def test_noisy_steps_mix_the_clean_prediction_with_the_given_noise(path):
     clean = path.clean(solve.x[:, 1], grid[1], network(solve.x[:, 1], grid[1]))
     expected = path.alpha(grid[2]) * clean + path.sigma(grid[2]) * noise
     torch.testing.assert_close(solve.x[:, 2], expected, rtol=1e-12, atol=1e-14)
-    # The multistep solver starts anew: the steps after it are those of a solve from that state.
+    # The multistep solver restarts: the steps after it are those of a solve from that state.
     rest = integrate(network, solve.x[:, 2], grid[2:], path, SOLVERS["dpmpp_2m"])
     assert torch.equal(solve.x[:, -1], rest.x[:, 0])
 

@@ -35,8 +35,8 @@ def path(request):
 
 @pytest.fixture
 def pair():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, 4, 5, 5, dtype=torch.float64, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 4, 5, 5, dtype=torch.float64, generator=rng)
 
 
 def test_combine_sums_a_coefficient_per_sample():
@@ -63,7 +63,7 @@ def test_flow_by_hand():
     assert flow.half_log_snr(t).item() == pytest.approx(math.log(3))
 
 
-def test_flow_step_keeps_the_state_whole():
+def test_flow_step_has_coefficient_one_for_the_state():
     times = torch.linspace(1, 0, 1001, dtype=torch.float64)
     a, b = RectifiedFlow().step_coefficients(times[:-1], times[1:])
     assert (a == 1).all()
@@ -127,8 +127,8 @@ def test_slope_is_constant_where_data_and_noise_are(path, pair):
     torch.testing.assert_close(slopes[0], slopes[1], atol=1e-12, rtol=0)
 
 
-def test_every_occurrence_of_the_state_stays_live(path, pair):
-    """With a prediction that is a constant, the gradient to the state is the coefficient alone, also in clean and noise."""
+def test_every_occurrence_of_the_state_keeps_its_gradient(path, pair):
+    """With a constant prediction the gradient to the state is its coefficient, also in clean and noise."""
     x, p = pair
     x = x.clone().requires_grad_()
     t, s = at(0.8), at(0.35)
@@ -148,7 +148,7 @@ def test_the_state_keeps_its_dtype(path, pair, dtype):
     assert {r.dtype for r in results} == {dtype}
 
 
-def test_the_clock_is_infinite_at_both_ends_of_the_flow():
+def test_half_log_snr_is_infinite_at_both_ends_of_the_flow():
     assert RectifiedFlow().half_log_snr(at(1.0, 0.5, 0.0)).tolist() == [-math.inf, 0.0, math.inf]
 
 
@@ -161,7 +161,7 @@ def test_table_is_exact_at_its_own_times_and_at_the_data():
     assert path.sigma(at(0.0)).item() == 0.0
 
 
-def test_table_is_variance_preserving_and_monotone_in_between():
+def test_table_is_variance_preserving_and_monotone_between_its_times():
     path = VariancePreserving.from_alphas_cumprod(TABLE)
     times = torch.linspace(0, 1, 301, dtype=torch.float64)
     torch.testing.assert_close(path.alpha(times) ** 2 + path.sigma(times) ** 2, torch.ones_like(times))
@@ -192,6 +192,6 @@ def test_zero_terminal_snr_works_with_v():
         (lambda: VariancePreserving(lambda t: 0.1 + t), r"got angle 0\.1"),
     ],
 )
-def test_what_is_no_path_is_refused(build, message):
+def test_an_invalid_path_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()

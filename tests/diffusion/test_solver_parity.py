@@ -1,4 +1,4 @@
-"""The solvers against diffusers' schedulers on the schedulers' own grids, with a network that is a fixed function."""
+"""The solvers against diffusers' schedulers on the schedulers' own grids, with a fixed function as network."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ PREDICTIONS = [("noise", "epsilon"), ("v", "v_prediction")]
 
 
 def table(scheduler, prediction):
-    """The scheduler's path, and a network for it: as v it is bounded, so as noise its data stays bounded too."""
+    """The scheduler's path, and a network for it: bounded as v, so that as noise its clean prediction stays bounded."""
     as_v = VariancePreserving.from_alphas_cumprod(scheduler.alphas_cumprod, "v")
     if prediction == "v":
         return as_v, network

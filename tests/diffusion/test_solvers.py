@@ -1,4 +1,4 @@
-"""One step by hand, the order of convergence, the ends of the clock, and the identities between solvers."""
+"""One step by hand, the order of convergence, infinite lambda at both ends, and the identities between solvers."""
 
 import math
 from functools import partial
@@ -108,7 +108,7 @@ def test_unic_weights_by_hand():
     assert (-rho_1 + rho_2).item() == pytest.approx(2 * phi_3 / phi_1)
 
 
-def test_unic_forgets_a_node_at_infinite_lambda():
+def test_unic_gives_a_node_at_infinite_lambda_no_weight():
     h = torch.tensor(0.7, dtype=F64)
     rho_1, rho_2 = unic_weights(h, torch.tensor(-math.inf, dtype=F64))
     far_1, far_2 = unic_weights(h, torch.tensor(-1e9, dtype=F64))
@@ -171,16 +171,16 @@ def test_one_multistep_step_is_ddim(path, name):
 def test_from_pure_noise_to_data_is_finite_and_ends_with_the_clean_prediction(path, name, steps):
     predict = curved()
     grid = torch.linspace(1, 0, steps + 1, dtype=F64)
-    asked = []
+    evaluated = []
 
     def remember(x, t):
-        asked.append((x, t, predict(x, t)))
-        return asked[-1][-1]
+        evaluated.append((x, t, predict(x, t)))
+        return evaluated[-1][-1]
 
     x = last(remember, noise(), grid, path, SOLVERS[name])
     assert x.abs().max() < 100  # the noise path divides by alpha(1) = 0.07
-    assert len(asked) == evaluations(SOLVERS[name], grid)
-    torch.testing.assert_close(x, path.clean(*asked[-1]), atol=1e-13, rtol=0)
+    assert len(evaluated) == evaluations(SOLVERS[name], grid)
+    torch.testing.assert_close(x, path.clean(*evaluated[-1]), atol=1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
@@ -232,11 +232,11 @@ def test_times_stay_on_the_cpu_whatever_the_device_of_the_state(path, name):
 def test_evaluations_are_known_before_the_solve(name, to_data, above_data):
     for end, expected in ((0.0, to_data), (0.1, above_data)):
         grid = torch.linspace(1, end, 5, dtype=F64)
-        asked = []
+        evaluated = []
 
-        def predict(x, t, asked=asked):
-            asked.append(t)
+        def predict(x, t, evaluated=evaluated):
+            evaluated.append(t)
             return x
 
         last(predict, noise(), grid, RectifiedFlow(), SOLVERS[name])
-        assert evaluations(SOLVERS[name], grid) == len(asked) == expected
+        assert evaluations(SOLVERS[name], grid) == len(evaluated) == expected

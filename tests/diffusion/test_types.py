@@ -64,7 +64,7 @@ def test_data_types_are_frozen():
         Prompt("a", "a red circle").text = "a blue circle"  # type: ignore[misc]
 
 
-def test_protocols_tell_a_reward_from_a_network():
+def test_protocols_distinguish_a_reward_from_a_network():
     class Brightness:
         about = About("brightness", differentiable=True)
 
@@ -91,14 +91,14 @@ def rollout(texts, group_size=2, version=3, predictions=True):
     )
 
 
-def test_a_rollout_has_one_condition_for_each_group():
+def test_a_rollout_has_one_condition_per_group():
     one = rollout(["a", "bcd"])
     assert len(one) == 4
     assert one.condition[one.group].tensors["length"].tolist() == [1, 1, 3, 3]
     assert [prompt.id for prompt in one.sample_prompts] == ["a", "a", "bcd", "bcd"]
 
 
-def test_rollouts_join_and_count_their_groups_on():
+def test_joined_rollouts_renumber_their_groups():
     joined = Rollout.cat([rollout(["a", "bcd"]), rollout(["ef"])])
     assert joined.group.tolist() == [0, 0, 1, 1, 2, 2]
     assert joined.condition.tensors["length"].tolist() == [1, 3, 2]
@@ -134,12 +134,12 @@ def test_scores_join_and_a_batch_may_lack_an_extra_value():
         (Plan(source="noise"), "scored is True"),
     ],
 )
-def test_a_plan_that_the_solve_cannot_do_is_refused(plan, words):
+def test_a_plan_that_does_not_fit_the_solve_is_refused(plan, words):
     with pytest.raises(ValueError, match=words):
         plan.check(4, ["policy"])
 
 
-def test_a_plan_says_who_draws():
+def test_the_drawing_adapter_follows_from_the_plan():
     Plan(record=range(5), noisy=[0, 3]).check(4, ["policy"])
     assert Plan(adapter="old").drawing_adapter == "old"
     assert Plan(source="teacher").drawing_adapter is None

@@ -9,7 +9,8 @@ import torch
 
 import rewards
 from diffusion.types import Prompt
-from runtime.experiment.config import InputError, read_experiment
+from runtime.experiment.config import InputError
+from runtime.experiment.yaml import read_experiment
 from worlds.glyphs import parse, render
 
 ROOM = Path(rewards.__file__).parent
