@@ -88,6 +88,7 @@ class Learner:
         found: dict[str, list[tuple[float, float]]] = defaultdict(list)
         moved: set[str] = set()
         for name, items in turns:
+            parameters, accumulation = list(self.players[name].parameters.values()), self.players[name].optimizer.accumulation
             slices = [items[start : start + self.micro_batch] for start in range(0, len(items), self.micro_batch)]
             total = self.ranks.total(len(items))
             if total == 0:
@@ -99,21 +100,24 @@ class Learner:
                 self.memory.enter("forward")
                 result = loss(name, rows, tools)
                 self.memory.enter("backward")
-                weight = len(rows) / total / self.players[name].optimizer.accumulation if counted else 0.0
+                weight = len(rows) / total / accumulation if counted else 0.0
                 # Into this player alone: a policy's loss also passes through its critic, whose gradient must not grow by it.
-                (result.value * weight).backward(inputs=list(self.players[name].parameters.values()))
+                (result.value * weight).backward(inputs=parameters)
                 if counted:
                     gathered.append((self._key(name, "loss"), len(rows), result.value.detach()))
                     gathered += [(key, result.known.get(key, len(rows)), value) for key, value in result.metrics.items()]
-            parameters = [parameter for parameter in self.players[name].parameters.values() if parameter.grad is not None]
-            self.ranks.add([parameter.grad for parameter in parameters if parameter.grad is not None])
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            if complete := self.waiting[name] + 1 == accumulation:
+                self.ranks.add(gradients)  # once: earlier updates' gradients are in the sum
+            norm = torch.nn.utils.get_total_norm(gradients)
             gathered.append((self._key(name, "grad_norm"), 1, norm))
             metrics = _read(gathered)
             self._check_finite(step, name, metrics)
             for key, rows_and_value in metrics.items():
                 found[key] += rows_and_value
-            if self._move(step, name, norm):
+            self.waiting[name] += 1
+            if complete:
+                self._move(step, name, norm)
                 moved.add(name)
         self._follow(moved)
         zeros = {"loss": 0.0, "grad_norm": 0.0}
@@ -134,19 +138,15 @@ class Learner:
                 "Check the rewards' gradients, the learning rate and the dtype"
             )
 
-    def _move(self, step: int, name: str, norm: Tensor) -> bool:
-        """The optimiser's step, if enough updates have been gathered for one; whether it was taken."""
+    def _move(self, step: int, name: str, norm: Tensor) -> None:
+        """A step of the player's optimiser. norm: of its gradient."""
         config, optimizer = self.players[name].optimizer, self.optimizers[name]
-        self.waiting[name] += 1
-        if self.waiting[name] < config.accumulation:
-            return False
         torch.nn.utils.clip_grads_with_norm_(list(self.players[name].parameters.values()), config.grad_clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate(step, self.steps, config)
         optimizer.step()
         optimizer.zero_grad()
         self.waiting[name] = 0
-        return True
 
     @torch.no_grad()
     def _follow(self, moved: set[str]) -> None:

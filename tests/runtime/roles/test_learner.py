@@ -295,12 +295,15 @@ class Threads:
         return Rank()
 
 
-def test_ranks_with_unequal_rows_do_what_one_learner_does_with_all():
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ranks_with_unequal_rows_do_what_one_learner_does_with_all(accumulation):
     """Rank 1 has one micro-batch where rank 0 has two, so it repeats its last one with weight 0."""
-    alone = learner(micro_batch=2, grad_clip=1e9)
-    update(alone)
+    settings = {"micro_batch": 2, "grad_clip": 1e9, "accumulation": accumulation}
+    alone = learner(**settings)
+    for step in (1, 2):
+        update(alone, step=step)
     threads, calls = Threads(2), [0, 0]
-    ranks = [learner(micro_batch=2, grad_clip=1e9, ranks=threads.rank(i)) for i in range(2)]
+    ranks = [learner(**settings, ranks=threads.rank(i)) for i in range(2)]
 
     def run(index, rows):
         plain = mean_prediction(ranks[index])
@@ -309,12 +312,13 @@ def test_ranks_with_unequal_rows_do_what_one_learner_does_with_all():
             calls[index] += 1
             return plain(player, items, tools)
 
-        update(ranks[index], rows, loss=counted)
+        for step in (1, 2):
+            update(ranks[index], rows, step=step, loss=counted)
 
     workers = [threading.Thread(target=run, args=(i, rows)) for i, rows in enumerate((ROWS[:3], ROWS[3:]))]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(timeout=60)
-    assert calls == [2, 2], "every rank makes as many passes as the busiest"
+    assert calls == [4, 4], "every rank makes as many passes as the busiest"
     assert value(ranks[0]) == value(ranks[1]) == pytest.approx(value(alone))
