@@ -198,6 +198,8 @@ class Drawn:
     rollout: Rollout
     images: Tensor | None
     """[B, 3, H, W] float32 in [0, 1]; None where the plan asks for no scores"""
+    nfe: int
+    """Network evaluations it took, one for each sample; guidance counts twice, and a stored rollout takes none."""
 
 
 @dataclass(frozen=True)

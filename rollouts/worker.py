@@ -100,38 +100,29 @@ class Worker:
         self.noise = noise
         self.most = most
 
-    def nfe(self, plan: Plan) -> int:
-        """Network evaluations for one sample, guidance counted twice."""
-        if plan.source == "noise":
-            return 0
-        return evaluations(self.solver, self.grid, plan.noisy) * guidance_evaluations(self.guidance)
-
     @torch.no_grad()
-    def take(self, groups: Sequence[Group], plan: Plan, version: int | None = None) -> Drawn:
-        """One or more whole groups -> their rollout and images, in their order, on the generator's device.
-
-        version: of the policy that the generator holds.
-        """
+    def take(self, groups: Sequence[Group], plan: Plan) -> Drawn:
+        """One or more whole groups -> their rollout and images, in their order, on the generator's device."""
         assert plan.source != "images", "images come from another source"
         assert all(len(group.seeds) == plan.group_size for group in groups), "groups are of the plan's size"
         condition = self.generator.encode([group.prompt.text for group in groups])
         index = torch.arange(len(groups)).repeat_interleave(plan.group_size)
         noise = self._noise(groups, 0)
-        images = None
+        images, nfe = None, 0
         if plan.source == "noise":
             trajectory = Trajectory(noise.unsqueeze(1), self.grid[:1])
         else:
             fresh = {step: self._noise(groups, step + 1) for step in plan.noisy}
             trajectory, images = self._solved(noise, fresh, condition[index], plan)
+            nfe = len(index) * evaluations(self.solver, self.grid, plan.noisy) * guidance_evaluations(self.guidance)
         rollout = Rollout(
             prompts=[group.prompt for group in groups],
             condition=condition,
             group=index,
             seeds=torch.tensor([seed for group in groups for seed in group.seeds]),
             trajectory=trajectory,
-            version=version,
         )
-        return Drawn(rollout, images)
+        return Drawn(rollout, images, nfe)
 
     def _noise(self, groups: Sequence[Group], draw: int) -> Tensor:
         """[B, *shape] float32 on the CPU"""

@@ -53,7 +53,7 @@ class Evaluator:
             scores={name: value.cpu() for name, value in scores.items()},
             distances=distances(features, IMAGES_PER_PROMPT).cpu(),
             images=pixels(images[::IMAGES_PER_PROMPT][:SHOWN]),
-            nfe=len(images) * self.worker.nfe(plan),
+            nfe=drawn.nfe,
             features=features.float().cpu(),
         )
 

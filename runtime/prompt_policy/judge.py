@@ -71,7 +71,7 @@ class Judge:
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.as_trl = as_trl_reward(self.reward, self.draw, caption=CAPTION)
         self.noise: list[tuple[Prompt, int]] = []
-        self.drawn = 0
+        self.nfe = 0
         self.last: Batch | None = None
 
     def draw(self, texts: list[str]) -> Tensor:
@@ -79,10 +79,10 @@ class Judge:
         wanted = [(one_line(text), prompt, seed) for text, (prompt, seed) in zip(texts, self.noise, strict=True)]
         groups = {(text, seed): Group(Prompt(prompt.id, text, prompt.meta), seed, [seed]) for text, prompt, seed in wanted}
         place = {key: i for i, key in enumerate(groups)}
-        self.drawn = len(groups)
-        images = self.worker.take(list(groups.values()), PLAN).images
-        assert images is not None
-        return images[[place[text, seed] for text, _, seed in wanted]]
+        drawn = self.worker.take(list(groups.values()), PLAN)
+        self.nfe = drawn.nfe
+        assert drawn.images is not None
+        return drawn.images[[place[text, seed] for text, _, seed in wanted]]
 
     def total(self, prompts: Sequence[Any], completions: Sequence[Any], id: Sequence[str], **rest: Any) -> list[float | None]:
         """The reward function; its name is TRL's name for the reward."""
@@ -99,7 +99,7 @@ class Judge:
         self.last = Batch(
             scores=scores.to("cpu"),
             version=None,
-            nfe=self.drawn * self.worker.nfe(PLAN),
+            nfe=self.nfe,
             seconds={
                 "rollout": time.perf_counter() - start - self.reward.seconds,
                 "reward": self.reward.seconds,

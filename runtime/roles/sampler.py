@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from diffusion import Generator, Group, Plan, Rollout, Scores
+from diffusion import Generator, Group, Plan, Rollout, Scores, Source
 from generators.adapter_weights import AdapterWeights
 from rewards import Isolated
 from rollouts.worker import micro_batch_rows
@@ -44,9 +44,11 @@ class Sampler:
         """
         objective = new_objective(experiment)
         self.generator = generator or new_generator_with_adapters(experiment, objective)
-        self.worker = new_worker(experiment, self.generator, experiment.rollouts, noise=objective.noise)
+        worker = new_worker(experiment, self.generator, experiment.rollouts, noise=objective.noise)
+        self.sources: Mapping[str, Source] = {"policy": worker, "teacher": worker, "noise": worker}
+        """{`Plan.source`: where its rollouts come from}"""
         self.evaluator = Evaluator(experiment, self.generator, experiment.rollouts, isolated)
-        self.most = self.worker.most
+        self.most = worker.most
 
     def write(self, weights: Mapping[str, AdapterWeights]) -> None:
         for name, value in weights.items():
@@ -56,14 +58,14 @@ class Sampler:
     def sample(self, groups: Sequence[Group], plan: Plan, version: int) -> Sampled:
         """version: of the adapters that the generator holds."""
         start = time.perf_counter()
-        drawn = self.worker.take(groups, plan, None if plan.source == "teacher" else version)
-        rollout, seconds = drawn.rollout, time.perf_counter() - start
-        nfe = len(rollout) * self.worker.nfe(plan)
+        drawn = self.sources[plan.source].take(groups, plan)
+        rollout = drawn.rollout if plan.source == "teacher" else replace(drawn.rollout, version=version)
+        seconds = time.perf_counter() - start
         if drawn.images is None:
-            return Sampled(rollout, None, nfe, {"rollout": seconds, "reward": 0.0})
+            return Sampled(rollout, None, drawn.nfe, {"rollout": seconds, "reward": 0.0})
         rows = micro_batch_rows(plan.group_size, self.most)
         scores = score_in_batches(self.evaluator.trained_reward, drawn.images, rollout.sample_prompts, rows)
-        return Sampled(rollout, scores, nfe, {"rollout": seconds, "reward": time.perf_counter() - start - seconds})
+        return Sampled(rollout, scores, drawn.nfe, {"rollout": seconds, "reward": time.perf_counter() - start - seconds})
 
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
         return self.evaluator.evaluate(groups, adapter)

@@ -60,10 +60,10 @@ def worker(generator, steps=8, **options):
     return Worker(generator, **settings)
 
 
-def take(drawer, some=None, version=None, **plan):
+def take(drawer, some=None, **plan):
     """(rollout, images) of groups of one size; the teacher's unless the plan says otherwise."""
     some = groups() if some is None else some
-    drawn = drawer.take(some, Plan(**{"source": "teacher", "group_size": len(some[0].seeds)} | plan), version)
+    drawn = drawer.take(some, Plan(**{"source": "teacher", "group_size": len(some[0].seeds)} | plan))
     return drawn.rollout, drawn.images
 
 
@@ -117,8 +117,7 @@ def test_what_is_in_a_rollout(flow):
 
 def test_the_policy_and_the_teacher(flow):
     teacher, _ = take(worker(flow))
-    policy, _ = take(worker(flow), source="policy", version=3)
-    assert policy.version == 3
+    policy, _ = take(worker(flow), source="policy")
     assert torch.equal(policy.seeds, teacher.seeds)
     assert torch.allclose(ends(policy) - ends(teacher), torch.ones(9, *SHAPE), atol=1e-5)
     other, _ = take(worker(flow), source="policy", adapter="old")
@@ -127,12 +126,12 @@ def test_the_policy_and_the_teacher(flow):
 
 def test_noise_alone_is_handed_out_without_a_network_call(flow):
     drawer = worker(flow)
-    rollout, images = take(drawer, source="noise", scored=False, version=2)
+    rollout, images = take(drawer, source="noise", scored=False)
+    assert drawer.take(groups(), Plan(source="noise", group_size=3, scored=False)).nfe == 0
     assert images is None
-    assert rollout.version == 2
     assert rollout.trajectory.t.tolist() == [1]
     assert torch.equal(rollout.trajectory.x[:, 0], sample_noise(rollout.seeds, SHAPE))
-    assert flow.rows == drawer.nfe(Plan(source="noise", scored=False)) == 0
+    assert flow.rows == 0
 
 
 def test_a_plan_without_scores_decodes_nothing(flow, monkeypatch):
@@ -219,8 +218,8 @@ def test_guidance_moves_away_from_the_negative_prompt(flow):
 )
 def test_network_evaluations(flow, solver, guidance, noisy, nfe):
     drawer = worker(flow, solver=SOLVERS[solver], guidance=guidance)
-    assert drawer.nfe(Plan(source="teacher", noisy=noisy)) == nfe
-    take(drawer, groups(size=4), noisy=noisy)  # 12 samples are three full batches of 4
+    drawn = drawer.take(groups(size=4), Plan(source="teacher", group_size=4, noisy=noisy))  # three full batches of 4
+    assert drawn.nfe == 12 * nfe
     assert flow.rows == 12 * nfe
 
 
