@@ -30,7 +30,7 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out images' scores and features, on the CPU; of the images themselves only the ones that are shown."""
+    """Held-out images' scores and features, on the CPU; of the images only those of the image grid."""
 
     scores: dict[str, Tensor]
     """{total or label: [B]}"""
@@ -40,7 +40,7 @@ class Evaluated:
     """[at most SHOWN, H, W, 3] uint8, the first one of each of the first prompts"""
     nfe: int
     features: Tensor | None = None
-    """[B, D] what distances are measured on; None in a file from before they were kept"""
+    """[B, D] features between which distances are measured; None in a file of an earlier version"""
 
     @property
     def diversity(self) -> float:
@@ -56,7 +56,7 @@ class Evaluated:
 
     @classmethod
     def load(cls, file: Path) -> Evaluated:
-        """Also files of earlier versions, which called images "pictures" and kept only the mean of the distances."""
+        """Also reads files of earlier versions, which name the images "pictures" and hold only the mean of the distances."""
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata()
@@ -80,10 +80,10 @@ class Evaluated:
 
 
 class Evaluator:
-    """Draws held-out images and scores them with every reward, the trained mixture and those that are only logged."""
+    """Samples held-out images and scores them with every reward: the trained mixture and those that are only logged."""
 
     def __init__(self, task: Task, generator: Generator, sampling: SamplingSection, isolated: Isolated | None = None) -> None:
-        """sampling: the task's own section, or another one to evaluate with another solver.
+        """sampling: the task's own section, or another one, e.g. to evaluate with another solver.
 
         isolated: runs scorers with an environment of their own; in child processes unless given.
         """
@@ -115,7 +115,7 @@ class Evaluator:
         )
 
     def _features(self, images: Tensor, rows: int) -> Tensor:
-        """[B, D]: of a CLIP among the rewards, otherwise the image at 8x8 pixels."""
+        """[B, D]: image features of the first reward that has some (a CLIP), otherwise the image at 8x8 pixels."""
         members = [*self.trained_reward.members, *(self.logged_reward.members if self.logged_reward else [])]
         for reward, _ in members:
             if (features := image_features(reward)) is not None:

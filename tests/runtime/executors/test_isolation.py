@@ -1,5 +1,5 @@
-"""Scorers with another interpreter. The environment here has our own packages, through a .pth file: another interpreter all the
-same, and made in a second."""
+"""Scorers with another interpreter. The environment here has our own packages, through a .pth file: a different interpreter,
+but created in a second."""
 
 import json
 import os
@@ -42,8 +42,10 @@ def images():
 
 
 def test_it_is_another_interpreter(twin):
-    asked = subprocess.run([python_of(twin), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True)
-    assert asked.stdout.strip() == twin != sys.prefix
+    printed = subprocess.run(
+        [python_of(twin), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == twin != sys.prefix
     assert problem_with(twin) is None
 
 
@@ -104,14 +106,14 @@ def test_an_environment_that_does_not_fit_is_refused(tmp_path, says, words):
         check_rewards([entry(name="brightness", env=env)])
 
 
-def test_an_environment_that_is_not_there():
+def test_a_missing_environment():
     with pytest.raises(
         ValueError, match=r"^env 'envs/none': no such file: .*/envs/none/bin/python; make it with `odeon env build none`$"
     ):
         check_rewards([entry(name="brightness", env="envs/none")])
 
 
-def test_what_the_scorer_lacks_is_found_there(twin, tmp_path):
+def test_a_missing_file_of_the_scorer_is_found_in_its_environment(twin, tmp_path):
     with pytest.raises(ValueError, match=rf"^env '{twin}': weights '{tmp_path}/no': no such file or folder"):
         check_rewards([entry(name="clip_score", weights=f"{tmp_path}/no", env=twin)])
 

@@ -21,7 +21,7 @@ def grey(tmp_path):
     return tmp_path / "grey.png"
 
 
-def test_pictures_of_any_size_are_scored(grey, tmp_path):
+def test_images_of_any_size_are_scored(grey, tmp_path):
     Image.new("RGBA", (32, 32), (255, 255, 255, 0)).save(tmp_path / "white.png")
     rows = score_files("brightness, {name: symmetry, label: mirror}", [grey, tmp_path / "white.png"], "a red circle", False)
     assert rows == [
@@ -30,12 +30,12 @@ def test_pictures_of_any_size_are_scored(grey, tmp_path):
     ]
 
 
-def test_the_picture_is_read_channels_first(tmp_path):
+def test_the_image_is_read_channels_first(tmp_path):
     (tmp_path / "mine.py").write_text("def corner(images, prompts, **meta):\n    return images[:, 2, 0, 1]\n")
     Image.new("RGB", (2, 1)).save(tmp_path / "two.png")
-    picture = Image.open(tmp_path / "two.png")
-    picture.putpixel((1, 0), (0, 0, 255))
-    picture.save(tmp_path / "two.png")
+    image = Image.open(tmp_path / "two.png")
+    image.putpixel((1, 0), (0, 0, 255))
+    image.save(tmp_path / "two.png")
     rows = score_files(f"python:{tmp_path}/mine.py:corner", [tmp_path / "two.png"], "x", True)
     assert rows[0]["corner"] == "1.0000"
 
@@ -58,7 +58,7 @@ def test_a_reward_that_cannot_score_is_one_line(grey, reward, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_picture(tmp_path):
+def test_a_file_that_is_not_an_image(tmp_path):
     (tmp_path / "words.png").write_text("words")
     for name in ("words.png", "missing.png"):
         with pytest.raises(InputError, match=f"{name}: not a readable image"):
@@ -89,7 +89,7 @@ def test_the_table_has_every_reward():
     assert rows["pickscore"]["licence"] == "MIT (code), none stated (weights)"
 
 
-def test_the_table_says_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path):
+def test_the_table_states_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise AssertionError("the table asks the network")
 
@@ -107,7 +107,7 @@ def test_the_table_says_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path
     assert weights["ocr"] == "in its package"
     assert weights["image_reward"] == "first use downloads THUDM/ImageReward, google-bert/bert-base-uncased"
     assert weights["aesthetic"] == "give head; first use downloads openai/clip-vit-large-patch14"
-    cache("xswu/HPSv2", "HPS_v2_compressed.pt")  # of the version that is not asked for
+    cache("xswu/HPSv2", "HPS_v2_compressed.pt")  # of the other version
     assert table()["hpsv2"]["weights"] == "first use downloads xswu/HPSv2, openai/clip-vit-large-patch14"
     cache("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     assert table()["hpsv2"]["weights"] == "in the cache: xswu/HPSv2; first use downloads openai/clip-vit-large-patch14"
@@ -118,11 +118,11 @@ def test_the_table_says_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path
     assert table()["aesthetic"]["weights"] == "give head; in the cache: openai/clip-vit-large-patch14"
 
 
-def test_the_table_says_which_rewards_need_more_than_the_core(monkeypatch):
-    asked, absent = list[str](), "ImageReward"
+def test_the_table_states_which_rewards_need_more_than_the_core(monkeypatch):
+    looked_up, absent = list[str](), "ImageReward"
 
     def find_spec(name):
-        asked.append(name)
+        looked_up.append(name)
         return None if name == absent else ModuleSpec(name, None)
 
     packages = {"rapidocr", "onnxruntime", "ImageReward", "torchvision", "timm"}
@@ -130,7 +130,7 @@ def test_the_table_says_which_rewards_need_more_than_the_core(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(compat, "find_spec", find_spec)
     environments = {name: row["environment"] for name, row in table().items()}
-    assert set(asked) == packages
+    assert set(looked_up) == packages
     assert {name for name, environment in environments.items() if environment != "core"} == {"image_reward", "ocr"}
     assert (environments["image_reward"], environments["ocr"]) == ("make rewards", "ready")
     absent = "onnxruntime"
@@ -138,7 +138,7 @@ def test_the_table_says_which_rewards_need_more_than_the_core(monkeypatch):
     assert not packages & set(sys.modules), "asking must not import them"
 
 
-def test_nothing_of_the_table_is_cut_off(monkeypatch, capsys):
+def test_the_table_is_not_truncated(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         app(["rewards"])

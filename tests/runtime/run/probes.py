@@ -1,4 +1,4 @@
-"""Objectives that are no method: each needs one thing of the runtime that no method of the product needs yet.
+"""Objectives that are not methods: each needs one thing of the runtime that no method of the product needs yet.
 
 Importing this file registers them, also in a Ray actor, which imports it to unpickle a probe's config.
 
