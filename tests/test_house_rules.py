@@ -1,4 +1,4 @@
-"""The import rules between rooms, checked on the syntax trees (docs/architecture.md)."""
+"""The rules that keep the rooms apart, read off the syntax trees (docs/architecture.md)."""
 
 import ast
 import sys
@@ -30,15 +30,15 @@ HOMES = {
     "mlflow": "runtime/run/tracking.py",
     "trackio": "runtime/run/tracking.py",
 }
-"""{third-party library: the only file or room that may import it}"""
+"""A third-party library and the only file or room that may import it."""
 LIBRARIES = {"diffusion": {"torch"}, "inputs": {"huggingface_hub"}, "worlds": {"torch", "numpy", "PIL", "sklearn"}}
-"""{room: the only third-party libraries it may import}"""
+"""The rooms that keep to a few libraries, and which."""
 
 FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 
 def imported(source: str) -> set[str]:
-    """The dotted names that a module imports, also inside functions."""
+    """The dotted names a module imports, wherever in it the statement stands."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -57,41 +57,39 @@ def wrong_rooms(path: Path, source: str) -> set[str]:
     return (tops & set(MAY_IMPORT)) - MAY_IMPORT[room] - {room}
 
 
-def misplaced_libraries(path: Path, source: str) -> set[str]:
+def strangers(path: Path, source: str) -> set[str]:
     tops = {name.split(".")[0] for name in imported(source)} & set(HOMES)
     return {name for name in tops if not path.relative_to(ROOT).as_posix().startswith(HOMES[name])}
 
 
-def forbidden_libraries(path: Path, source: str) -> set[str]:
-    """Libraries that a room imports beyond those LIBRARIES allows."""
+def luxuries(path: Path, source: str) -> set[str]:
+    """Libraries that a room which keeps to a few imports beyond them."""
     room = path.relative_to(ROOT).parts[0]
     tops = {name.split(".")[0] for name in imported(source)} - set(sys.stdlib_module_names) - set(MAY_IMPORT)
     return tops - LIBRARIES[room] if room in LIBRARIES else set()
 
 
-def test_every_room_exists():
+def test_every_room_is_there():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_go_one_way_and_libraries_stay_in_their_rooms(path):
+def test_imports_go_one_way_and_libraries_stay_home(path):
     assert wrong_rooms(path, path.read_text()) == set()
-    assert misplaced_libraries(path, path.read_text()) == set()
-    assert forbidden_libraries(path, path.read_text()) == set()
+    assert strangers(path, path.read_text()) == set()
+    assert luxuries(path, path.read_text()) == set()
 
 
-def test_the_rules_find_a_violation():
+def test_the_rules_catch_a_breach():
     def late(name):
         return f"def f():\n    import {name}"
 
     assert wrong_rooms(ROOT / "diffusion/x.py", late("generators.families.sd3")) == {"generators"}
     assert wrong_rooms(ROOT / "rewards/x.py", "from generators import load") == {"generators"}
     assert wrong_rooms(ROOT / "runtime/x.py", "from generators import load") == set()
-    assert misplaced_libraries(ROOT / "align/x.py", late("diffusers.utils")) == {"diffusers"}
-    assert misplaced_libraries(ROOT / "runtime/run/loop.py", "import ray") == {"ray"}
-    assert misplaced_libraries(ROOT / "runtime/executors/ray/executor.py", "import ray") == set()
-    assert misplaced_libraries(
-        ROOT / "runtime/run/loop.py", "from importlib import import_module\nimport_module('ray.util')"
-    ) == {"ray"}
-    assert forbidden_libraries(ROOT / "diffusion/x.py", "import json\nimport numpy as np") == {"numpy"}
-    assert forbidden_libraries(ROOT / "worlds/glyphs/x.py", "from transformers import CLIPModel") == {"transformers"}
+    assert strangers(ROOT / "align/x.py", late("diffusers.utils")) == {"diffusers"}
+    assert strangers(ROOT / "runtime/run/loop.py", "import ray") == {"ray"}
+    assert strangers(ROOT / "runtime/executors/ray/executor.py", "import ray") == set()
+    assert strangers(ROOT / "runtime/run/loop.py", "from importlib import import_module\nimport_module('ray.util')") == {"ray"}
+    assert luxuries(ROOT / "diffusion/x.py", "import json\nimport numpy as np") == {"numpy"}
+    assert luxuries(ROOT / "worlds/glyphs/x.py", "from transformers import CLIPModel") == {"transformers"}

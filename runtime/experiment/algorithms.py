@@ -1,4 +1,4 @@
-"""The training methods that an experiment can name, and their objectives."""
+"""Every training method an experiment can name, and its objective."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALGORITHMS: dict[str, Any] = {**align.ALGORITHMS, **distill.ALGORITHMS}
 
 
 def new_objective(experiment: Experiment) -> Objective:
-    """The experiment's objective; its networks' initial values depend on the experiment's seed alone, in every process."""
+    """The experiment's objective; its networks' first values depend on the experiment's seed alone, in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         return ALGORITHMS[experiment.objective.algorithm](experiment.objective)

@@ -37,7 +37,7 @@ def read_run(run_dir: Path, *, allow_code: bool = True) -> tuple[Experiment, Run
         raise InputError(f"{run_dir}: not a run's folder (no experiment.yaml)")
     if "language_model" in yaml.safe_load((run_dir / "experiment.yaml").read_text()):
         raise InputError(
-            f"{run_dir}: is a prompt policy's run, which has no adapter; its language model is in {run_dir / 'export'}"
+            f"{run_dir}: is the run of a prompt policy, which has no adapter; its language model is in {run_dir / 'export'}"
         )
     return read_experiment(run_dir / "experiment.yaml", allow_code=allow_code), RunFolder(run_dir)
 

@@ -32,7 +32,7 @@ class LanguageModelSection(Section):
     @classmethod
     def _has_placeholder(cls, value: str) -> str:
         if value.count("{prompt}") != 1:
-            raise ValueError("must contain {prompt} exactly once")
+            raise ValueError("must hold {prompt} once, where the prompt goes")
         return value
 
 

@@ -1,5 +1,5 @@
-"""Scorers with another interpreter. The environment here has our own packages, through a .pth file: a different interpreter,
-but created in a second."""
+"""Scorers with another interpreter. The environment here has our own packages, through a .pth file: another interpreter all the
+same, and made in a second."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def test_a_missing_environment():
         check_rewards([entry(name="brightness", env="envs/none")])
 
 
-def test_a_missing_file_of_the_scorer_is_found_in_its_environment(twin, tmp_path):
+def test_what_the_scorer_lacks_is_found_there(twin, tmp_path):
     with pytest.raises(ValueError, match=rf"^env '{twin}': weights '{tmp_path}/no': no such file or folder"):
         check_rewards([entry(name="clip_score", weights=f"{tmp_path}/no", env=twin)])
 

@@ -89,7 +89,7 @@ def test_the_table_has_every_reward():
     assert rows["pickscore"]["licence"] == "MIT (code), none stated (weights)"
 
 
-def test_the_table_states_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path):
+def test_the_table_says_what_has_to_be_given_or_downloaded(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise AssertionError("the table asks the network")
 
@@ -118,11 +118,11 @@ def test_the_table_states_what_has_to_be_given_or_downloaded(monkeypatch, tmp_pa
     assert table()["aesthetic"]["weights"] == "give head; in the cache: openai/clip-vit-large-patch14"
 
 
-def test_the_table_states_which_rewards_need_more_than_the_core(monkeypatch):
-    looked_up, absent = list[str](), "ImageReward"
+def test_the_table_says_which_rewards_need_more_than_the_core(monkeypatch):
+    asked, absent = list[str](), "ImageReward"
 
     def find_spec(name):
-        looked_up.append(name)
+        asked.append(name)
         return None if name == absent else ModuleSpec(name, None)
 
     packages = {"rapidocr", "onnxruntime", "ImageReward", "torchvision", "timm"}
@@ -130,7 +130,7 @@ def test_the_table_states_which_rewards_need_more_than_the_core(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(compat, "find_spec", find_spec)
     environments = {name: row["environment"] for name, row in table().items()}
-    assert set(looked_up) == packages
+    assert set(asked) == packages
     assert {name for name, environment in environments.items() if environment != "core"} == {"image_reward", "ocr"}
     assert (environments["image_reward"], environments["ocr"]) == ("make rewards", "ready")
     absent = "onnxruntime"

@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_one_line_on_the_command_line(tmp_path)
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_a_reward_error_while_learning_ends_the_run_in_one_line(executor, tmp_path):
+def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def mine(images, prompts, **meta):\n    return [0.0] * len(prompts)\n")
     reward = f"rewards.train=[{{name: 'python:{file}:mine', differentiable: true}}]"
@@ -245,7 +245,7 @@ def test_a_held_out_reward_needs_no_gradient():
         ("{algorithm: drtune, anchors: 2}", "objective.anchors: unknown key (allowed: algorithm, detach_negative, draw,"),
         (
             "{algorithm: drtune, train_steps: 3, draw: prefix, early_stop: 0.7}",
-            "allowed are 1 to 2 with 3 solver steps, of which early_stop 0.7 may leave no more to draw from",
+            "allowed are 1 to 2 with 3 solver steps, since early_stop 0.7 may leave no more",
         ),
         ("{algorithm: dr_tune}", "did you mean 'drtune'"),
     ],

@@ -169,7 +169,7 @@ def test_guidance_and_an_ema_run_and_resume(tmp_path):
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3]
 
 
-def test_ray_gives_the_same_bits_with_two_workers_one_of_which_is_killed(whole, tmp_path):
+def test_ray_gives_the_same_bits_with_two_workers_of_which_one_is_killed(whole, tmp_path):
     from runtime.executors.ray.executor import RayExecutor
 
     experiment = small("rollouts.workers=2")
@@ -318,7 +318,7 @@ def test_groups_are_split_where_micro_batches_end():
 @pytest.mark.parametrize(
     ("gpus", "processes", "share"), [(0, 2, 0), (1, 1, 1), (3, 3, 1), (8, 2, 1), (2, 3, 0.5), (8, 9, 0.5), (1, 6, 0.1666)]
 )
-def test_the_share_of_a_process_fits_on_one_gpu(monkeypatch, gpus, processes, share):
+def test_a_processs_share_fits_on_one_gpu(monkeypatch, gpus, processes, share):
     from runtime.executors.ray import cluster
 
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"GPU": gpus} if gpus else {})
