@@ -100,7 +100,7 @@ class Learner:
                 result = loss(name, rows, tools)
                 self.memory.enter("backward")
                 weight = len(rows) / total / self.players[name].optimizer.accumulation if counted else 0.0
-                # To this player alone: a policy's loss also passes through its critic, which must not accumulate that gradient.
+                # Into this player alone: a policy's loss also passes through its critic, whose gradient must not grow by it.
                 (result.value * weight).backward(inputs=list(self.players[name].parameters.values()))
                 if counted:
                     gathered.append((self._key(name, "loss"), len(rows), result.value.detach()))
@@ -135,7 +135,7 @@ class Learner:
             )
 
     def _move(self, step: int, name: str, norm: Tensor) -> bool:
-        """Step the optimiser if enough updates are accumulated; return whether it stepped."""
+        """The optimiser's step, if enough updates have been gathered for one; whether it was taken."""
         config, optimizer = self.players[name].optimizer, self.optimizers[name]
         self.waiting[name] += 1
         if self.waiting[name] < config.accumulation:
