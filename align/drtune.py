@@ -75,7 +75,7 @@ class DRTuneConfig(DirectConfig):
         steps = settings.steps
         executed = steps if self.draw == "full" else steps - self.last(steps) + 1
         if self.train_steps > executed:
-            which = "" if self.draw == "full" else f" of which early_stop {self.early_stop} may leave only these"
+            which = "" if self.draw == "full" else f", since early_stop {self.early_stop} may leave no more"
             raise ValueError(f"train_steps is {self.train_steps}, allowed are 1 to {executed} with {steps} solver steps{which}")
 
 

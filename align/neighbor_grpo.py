@@ -191,7 +191,7 @@ class NeighborGRPO(Objective):
         return neighbor_noise(shared, own, self.config.perturbation)
 
     def credit(self, scores: Scores) -> Tensor:
-        """The advantages [B] float64, weighted by spread if asked for; NaN where a group has no signal."""
+        """The advantages [B] float64, weighted by spread with `spread_weights`; NaN where a group has no signal."""
         rewards = scores.total.unflatten(0, (-1, self.config.group_size))
         spread = rewards.amax(dim=1) - rewards.amin(dim=1)
         signal = (spread > 0) & spread.isfinite()

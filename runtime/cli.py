@@ -1,6 +1,6 @@
-"""The command line. Light: every verb imports what it needs when it is called.
+"""The command line. Light to import: every command imports what it needs when it is called.
 
-Exit codes: 0 done, 1 the run failed, 2 the input is wrong (one line says what), 130 and 143 stopped by a signal, checkpointed.
+Exit codes: 0 done, 1 the run failed, 2 invalid input (one line states what), 130 and 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="call the functions that python: rewards name")]
-RunDir = Annotated[Path, typer.Argument(help="a run's folder")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="allow rewards that are Python functions (python:...)")]
+RunDir = Annotated[Path, typer.Argument(help="an existing run's folder")]
 
 
 def main() -> NoReturn:
@@ -34,7 +34,7 @@ def main() -> NoReturn:
             print(f"odeon: {error}", file=sys.stderr)
             sys.exit(2)
         raise
-    except FloatingPointError as error:  # the learner's, of a loss or gradient that is not finite
+    except FloatingPointError as error:  # raised by the learner for a loss or gradient that is not finite
         print(f"odeon: {error}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
@@ -52,7 +52,7 @@ def _is_input_error(error: ValueError) -> bool:
 
 
 def _is_reward_error(error: RuntimeError) -> bool:
-    """What a reward says about pictures or a server says about itself is an answer; where in our code it came up is not."""
+    """Whether a reward or its server reported the error; its message is then enough, and no traceback is printed."""
     from rewards.mixture import RewardError
 
     return isinstance(error, RewardError)
@@ -60,20 +60,20 @@ def _is_reward_error(error: RuntimeError) -> bool:
 
 @app.command()
 def launch(
-    experiment: Annotated[Path, typer.Argument(help="an experiment's YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in run.steps=20")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; runs/<name> unless given")] = None,
-    executor: Annotated[str, typer.Option(help="ray: a process for each role; inline: everything in this one")] = "ray",
+    experiment: Annotated[Path, typer.Argument(help="the experiment's YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="overrides key=value, as in run.steps=20")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<name>")] = None,
+    executor: Annotated[str, typer.Option(help="ray: a process for each role; inline: all roles in this process")] = "ray",
     ray: Annotated[
-        str, typer.Option(envvar="RAY_ADDRESS", help="local: an own cluster; auto or an address: join one; RAY_ADDRESS if set")
+        str, typer.Option(envvar="RAY_ADDRESS", help="local: start a cluster; auto or an address: join one; RAY_ADDRESS if set")
     ] = "local",
-    profile: Annotated[int, typer.Option(help="trace this many steps into profile.json; needs --executor inline")] = 0,
+    profile: Annotated[int, typer.Option(help="number of steps to trace into profile.json; needs --executor inline")] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything, print the whole experiment, run nothing")
+        bool, typer.Option("--dry-run", help="check everything, print the complete experiment, run nothing")
     ] = False,
     allow_code: AllowCode = False,
 ) -> None:
-    """Run an experiment, or go on with the one in its folder."""
+    """Run an experiment, or continue the run in its folder."""
     from runtime.run.launch import launch_experiment
 
     if code := launch_experiment(experiment, overrides or [], run_dir, executor, ray, dry_run, allow_code, profile):
@@ -82,15 +82,15 @@ def launch(
 
 @app.command("prompt-policy")
 def prompt_policy(
-    experiment: Annotated[Path, typer.Argument(help="a YAML file such as experiments/prompt_policy.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in run.steps=20")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; runs/<name> unless given")] = None,
+    experiment: Annotated[Path, typer.Argument(help="the YAML file, e.g. experiments/prompt_policy.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="overrides key=value, as in run.steps=20")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<name>")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything, print the whole experiment, run nothing")
+        bool, typer.Option("--dry-run", help="check everything, print the complete experiment, run nothing")
     ] = False,
     allow_code: AllowCode = False,
 ) -> None:
-    """Train a language model to write prompts for a frozen generator, or go on with the run in its folder."""
+    """Train a language model to rewrite prompts for a frozen generator, or continue the run in its folder."""
     from runtime.prompt_policy.run import train_prompt_policy
 
     if code := train_prompt_policy(experiment, overrides or [], run_dir, dry_run, allow_code):
@@ -99,12 +99,14 @@ def prompt_policy(
 
 @app.command()
 def compare(
-    run_dirs: Annotated[list[Path], typer.Argument(help="runs' folders")],
-    metric: Annotated[str | None, typer.Option(help="this one only")] = None,
-    x: Annotated[str, typer.Option(help="step, seconds or nfe")] = "step",
-    out: Annotated[Path | None, typer.Option(help="an interactive page, .html, or a picture: .png, .svg, .pdf")] = None,
+    run_dirs: Annotated[list[Path], typer.Argument(help="existing runs' folders")],
+    metric: Annotated[str | None, typer.Option(help="plot this metric only")] = None,
+    x: Annotated[str, typer.Option(help="x axis: step, seconds or nfe (network evaluations)")] = "step",
+    out: Annotated[
+        Path | None, typer.Option(help="file to write: .html (interactive page), .png, .svg or .pdf (figure)")
+    ] = None,
 ) -> None:
-    """A table of runs, and a page or a picture with their curves."""
+    """Print a table of runs, and write a page or a figure with their curves."""
     from inputs import nearest
     from runtime.experiment.config import InputError
     from runtime.finished.compare import AXES, WRITERS, print_table, read_runs
@@ -112,7 +114,7 @@ def compare(
     if x not in AXES:
         raise InputError(f"--x {x!r}: is not known{nearest(x, AXES)}")
     if out is not None and out.suffix not in WRITERS:
-        raise InputError(f"--out {str(out)!r}: ends in no known format{nearest(out.suffix, WRITERS)}")
+        raise InputError(f"--out {str(out)!r}: is not a known format{nearest(out.suffix, WRITERS)}")
     runs = read_runs(run_dirs)
     keys = {key for lines in runs.values() for line in lines for key in line if key != "hacking"}
     if metric is not None and metric not in keys:
@@ -126,13 +128,13 @@ def compare(
 @app.command()
 def sample(
     run_dir: RunDir,
-    prompt: Annotated[str, typer.Option(help="what to draw")],
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
-    steps: Annotated[int | None, typer.Option(help="solver steps; the experiment's unless given")] = None,
-    base: Annotated[bool, typer.Option("--base", help="the frozen teacher instead of the trained adapter")] = False,
-    out: Annotated[Path, typer.Option(help="a PNG file")] = Path("sample.png"),
+    prompt: Annotated[str, typer.Option(help="text prompt")],
+    seed: Annotated[int, typer.Option(help="noise seed")] = 0,
+    steps: Annotated[int | None, typer.Option(help="solver steps; default: the experiment's")] = None,
+    base: Annotated[bool, typer.Option("--base", help="sample the frozen teacher instead of the trained adapter")] = False,
+    out: Annotated[Path, typer.Option(help="image file to write")] = Path("sample.png"),
 ) -> None:
-    """Draw one picture."""
+    """Sample one image."""
     from runtime.finished.verbs import sample_one
 
     sample_one(run_dir, prompt, seed, steps, base, out)
@@ -142,15 +144,15 @@ def sample(
 @app.command()
 def evaluate(
     run_dir: RunDir,
-    prompts: Annotated[str | None, typer.Option(help="a prompt set; the experiment's held-out one unless given")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompt set; default: the experiment's held-out one")] = None,
     rewards: Annotated[
-        list[str] | None, typer.Option(help="more rewards: names with commas between them, or {name: NAME, knob: VALUE}")
+        list[str] | None, typer.Option(help="additional rewards: comma-separated names, or {name: NAME, knob: VALUE}")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="solver steps")] = None,
-    solver: Annotated[str | None, typer.Option(help="solver")] = None,
+    steps: Annotated[int | None, typer.Option(help="solver steps; default: the experiment's")] = None,
+    solver: Annotated[str | None, typer.Option(help="solver; default: the experiment's")] = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """Score the trained adapter and the teacher on the same noise."""
+    """Compare the trained adapter with the frozen teacher on the same prompts and noise."""
     from runtime.finished.verbs import evaluate_run
 
     _table(evaluate_run(run_dir, prompts, rewards or [], steps, solver, allow_code))
@@ -159,17 +161,19 @@ def evaluate(
 @app.command()
 def export(
     run_dir: RunDir,
-    format: Annotated[str, typer.Option(help="diffusers")] = "diffusers",
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; the newest unless given")] = None,
-    out: Annotated[Path | None, typer.Option(help="a folder; RUN_DIR/export/FORMAT unless given")] = None,
+    format: Annotated[str, typer.Option(help="file format: diffusers")] = "diffusers",
+    step: Annotated[int | None, typer.Option(help="step of the checkpoint; default: the newest")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write; default RUN_DIR/export/FORMAT")] = None,
 ) -> None:
-    """Write the trained adapter for other programs, after proving that they read it right."""
+    """Export the trained adapter, and verify that a stock diffusers pipeline gives the same output with it."""
     from runtime.finished.verbs import export_run
 
     print(f"wrote {export_run(run_dir, format, step, out)}")
 
 
-rewards_app = typer.Typer(help="The rewards that can be named in an experiment.", invoke_without_command=True)
+rewards_app = typer.Typer(
+    help="List, score with or serve the rewards that an experiment can name.", invoke_without_command=True
+)
 app.add_typer(rewards_app, name="rewards")
 
 
@@ -182,13 +186,13 @@ def rewards(context: typer.Context) -> None:
 
 
 @rewards_app.command("score")
-def score_pictures(
-    name: Annotated[str, typer.Argument(help="a reward, several with commas between them, or {name: NAME, knob: VALUE}")],
-    images: Annotated[list[Path], typer.Argument(help="picture files")],
-    prompt: Annotated[str, typer.Option(help="what they should show")],
+def score_images(
+    name: Annotated[str, typer.Argument(help="a reward, comma-separated names, or {name: NAME, knob: VALUE}")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    prompt: Annotated[str, typer.Option(help="the images' prompt")],
     allow_code: AllowCode = False,
 ) -> None:
-    """Score picture files."""
+    """Score image files."""
     from runtime.finished.catalogue import score_files
 
     _table(score_files(name, images, prompt, allow_code))
@@ -197,19 +201,19 @@ def score_pictures(
 @rewards_app.command("serve")
 def serve_reward(
     name: Annotated[str, typer.Argument(help="a reward, or {name: NAME, knob: VALUE}")],
-    host: Annotated[str, typer.Option(help="the address to listen at; 0.0.0.0 is all of this machine's")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 is any that is free")] = 8000,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all interfaces")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0: any free port")] = 8000,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     allow_code: AllowCode = False,
 ) -> None:
-    """Run a reward behind HTTP, for entries with `server: http://HOST:PORT`."""
+    """Serve a reward over HTTP, for entries with `server: http://HOST:PORT`."""
     from runtime.executors.isolation import serve
     from runtime.finished.catalogue import one_reward
 
     raise typer.Exit(serve(one_reward(name, allow_code), host, port, device))
 
 
-env_app = typer.Typer(help="Environments for rewards whose libraries cannot stand beside Odeon's.", no_args_is_help=True)
+env_app = typer.Typer(help="Python environments for rewards whose libraries conflict with Odeon's.", no_args_is_help=True)
 app.add_typer(env_app, name="env")
 
 
@@ -220,10 +224,10 @@ def env() -> None:
 
 @env_app.command("build")
 def build_env(
-    name: Annotated[str, typer.Argument(help="it becomes envs/NAME")],
-    requirements: Annotated[Path | None, typer.Option(help="a file for pip; envs/NAME.txt unless given")] = None,
+    name: Annotated[str, typer.Argument(help="the environment is envs/NAME")],
+    requirements: Annotated[Path | None, typer.Option(help="pip requirements file; default envs/NAME.txt")] = None,
 ) -> None:
-    """Make the environment envs/NAME, for rewards with `env: envs/NAME`."""
+    """Create the environment envs/NAME, for rewards with `env: envs/NAME`."""
     from runtime.executors.isolation import build_environment
 
     print(f"wrote {build_environment(name, requirements)}")
@@ -231,7 +235,7 @@ def build_env(
 
 @app.command()
 def describe(name: Annotated[str, typer.Argument(help="an algorithm, a reward, a solver or a generator family")]) -> None:
-    """What it is, where it comes from, and its knobs."""
+    """Print what an algorithm, reward, solver or generator family is, its source, and its knobs."""
     from runtime.finished.catalogue import description
 
     print(description(name))
@@ -239,14 +243,14 @@ def describe(name: Annotated[str, typer.Argument(help="an algorithm, a reward, a
 
 @app.command()
 def schema() -> None:
-    """The JSON schema of an experiment, for editors."""
+    """Print the JSON schema of an experiment, for editors."""
     from runtime.experiment.config import Experiment
 
     print(json.dumps(Experiment.model_json_schema(), indent=2))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What is too long goes on in the next line, so that nothing is cut off; names in the first column stay whole."""
+    """Long cells are wrapped, never truncated; short names in the first column are not broken."""
     from rich import box
     from rich.console import Console
     from rich.table import Column, Table

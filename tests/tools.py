@@ -1,4 +1,4 @@
-"""An objective's tools around a toy network."""
+"""`Tools` of an objective around a toy network."""
 
 import torch
 

@@ -1,1 +1,1 @@
-"""Held-out evaluation: drawing and scoring, the statistics of a comparison, the reward-hacking watch. Knows no loop."""
+"""Held-out evaluation: sampling and scoring, the statistics of a comparison, the reward-hacking watch. Knows no loop."""

@@ -23,10 +23,10 @@ from runtime.roles.scoring import pixels, score_in_batches
 
 
 class Evaluator:
-    """Draws held-out images and scores them with every reward, the trained mixture and those that are only logged."""
+    """Samples held-out images and scores them with every reward: the trained mixture and those that are only logged."""
 
     def __init__(self, task: Task, generator: Generator, sampling: SamplingSection, isolated: Isolated | None = None) -> None:
-        """sampling: the task's own section, or another one to evaluate with another solver.
+        """sampling: the task's own section, or another one, e.g. to evaluate with another solver.
 
         isolated: runs scorers with an environment of their own; in child processes unless given.
         """
@@ -58,7 +58,7 @@ class Evaluator:
         )
 
     def _features(self, images: Tensor, rows: int) -> Tensor:
-        """[B, D]: of a CLIP among the rewards, otherwise the image at 8x8 pixels."""
+        """[B, D]: image features of the first reward that has some (a CLIP), otherwise the image at 8x8 pixels."""
         members = [*self.trained_reward.members, *(self.logged_reward.members if self.logged_reward else [])]
         for reward, _ in members:
             if (features := image_features(reward)) is not None:

@@ -1,4 +1,4 @@
-"""A run's held-out evaluations: the same groups every time, beside the frozen teacher's, as metrics and as an image grid."""
+"""A run's held-out evaluations: the same groups every time, compared with the frozen teacher, as metrics and an image grid."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def heldout_groups(prompts: Sequence[Prompt], seed: int) -> list[Group]:
 
 
 def baseline(folder: RunFolder, evaluate_teacher: Callable[[], Evaluated]) -> Evaluated:
-    """The frozen teacher on the held-out prompts, evaluated once in the life of a run."""
+    """The frozen teacher on the held-out prompts; evaluated once per run, then read from its file."""
     file = folder.path / "teacher.safetensors"
     if not file.exists():
         with replaced(file) as temporary:

@@ -1,4 +1,4 @@
-"""What an evaluation's and a training step's numbers say: means, paired comparison with the teacher, diversity.
+"""Statistics of an evaluation and of a training step: means, paired comparison with the teacher, diversity.
 
 Axes: B samples, P held-out prompts of IMAGES_PER_PROMPT images each, M groups of G.
 """
@@ -15,7 +15,7 @@ from rewards.mixture import RewardError
 from runtime.evaluation.evaluated import Evaluated
 
 IMAGES_PER_PROMPT = 2
-"""Held-out images of one prompt: two, so that there is a distance between them."""
+"""Held-out images of one prompt; diversity needs at least two."""
 
 
 def distances(features: Tensor, group_size: int) -> Tensor:
@@ -43,10 +43,10 @@ def means_of_known(prefix: str, values: Mapping[str, Tensor]) -> dict[str, float
 
 
 def reward_metrics(scores: Scores, group_size: int) -> dict[str, float]:
-    """Means over the step's images that have a score, and the mean standard deviation inside a group whose images all have one.
+    """Means over the step's scored images, and the mean standard deviation inside completely scored groups.
 
-    Groups of one image have no deviation. Raises RewardError where no group has all its scores: this step would learn nothing,
-    nor would the next.
+    Groups of one image have no deviation. Raises RewardError if no group is completely scored: nothing would be learned in this
+    step, nor probably in the next.
     """
     groups = scores.total.view(-1, group_size)
     complete = groups[~groups.isnan().any(dim=1)]

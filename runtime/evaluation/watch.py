@@ -1,9 +1,9 @@
 """The watch for reward hacking: the trained reward rises at the expense of what is not trained.
 
 At every evaluation the policy is compared with the frozen teacher on the same noise. Once the trained reward is above the
-teacher's, a held-out reward that is not trained should not have fallen, nor should the images of a prompt have become alike.
-A reward's fall counts when it is both large, beyond the experiment's `watch`, and clear, beyond CLEAR paired standard errors.
-Ours; the limits are judgement, not measurement.
+teacher's, held-out rewards that are not trained should not have fallen, and the images of a prompt should not have become more
+similar. A reward's fall counts if it is both large, above the limit in the experiment's `watch`, and significant, above CLEAR
+paired standard errors. The rule is ours; the default limits are chosen by judgement, not measured.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ CLEAR = 3.0
 
 
 def watch_metrics(result: Evaluated, teacher: Evaluated, trained: Collection[str]) -> dict[str, float]:
-    """`watch/<label>`, how far a reward that is not trained has fallen, in standard deviations of the teacher's scores, and
+    """`watch/<label>`, the fall of a reward that is not trained, in standard deviations of the teacher's scores, and
     `watch/diversity`, the share of the teacher's diversity that is lost. A rise is negative.
 
-    trained: the labels that are trained, "total" among them. A reward whose scores do not vary is left out.
+    trained: the labels that are trained, "total" among them. A reward whose scores do not vary is excluded.
     """
     line = {}
     for label, before in teacher.scores.items():
@@ -36,7 +36,7 @@ def watch_metrics(result: Evaluated, teacher: Evaluated, trained: Collection[str
 
 
 def suspicions(line: dict[str, float], result: Evaluated, teacher: Evaluated, limits: WatchSection) -> list[str]:
-    """Reasons to suspect reward hacking in the metrics of an evaluation, a sentence each."""
+    """Reasons to suspect reward hacking in the metrics of an evaluation, one sentence each."""
     if line["heldout/total"] <= line["heldout/base/total"]:
         return []
     found = []

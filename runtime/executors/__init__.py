@@ -1,1 +1,1 @@
-"""Where the roles live: in this process, in Ray actors, or, for isolated rewards, in child processes. Knows no algorithm."""
+"""Where the roles run: in this process, in Ray actors, or, for isolated rewards, in child processes. Knows no algorithm."""

@@ -1,4 +1,4 @@
-"""Both roles in this process, on one set of base weights: no Ray, and nothing to publish."""
+"""The inline executor: both roles in this process, with one set of base weights. No Ray, and nothing to publish."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class InlineExecutor:
         self._drawn: dict[int, Batch] = {}
 
     def request(self, work: Work) -> None:
-        """Drawn at once, while the adapters are those of the wanted version."""
+        """Samples immediately, while the adapters are those of the requested version."""
         sampled = self.sampler.sample(work.groups, work.plan, work.version)
         self._drawn[work.step] = joined([summary_of(sampled)], payload=[sampled.rollout])
 
@@ -45,4 +45,4 @@ class InlineExecutor:
         self.trainer.learner.load(folder)
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """No process to end."""

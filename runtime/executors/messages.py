@@ -17,48 +17,48 @@ from runtime.roles.trainer import Update
 
 @dataclass(frozen=True)
 class Work:
-    """A training step's rollouts, to be drawn."""
+    """A request for a training step's rollouts."""
 
     step: int
     groups: Sequence[Group]
     plan: Plan
     version: int
-    """Of the adapters that draw."""
+    """The version of the adapters that sample."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A training step's rollouts as the loop sees them: numbers, and a payload that only the executor can open."""
+    """A training step's rollouts as the loop gets them: numbers, and a payload that only the executor reads."""
 
     scores: Scores | None
-    """[B] on the CPU, groups in their order, NaN where there is none; None where the plan asks for none"""
+    """[B] on the CPU, groups in order, NaN for an image without a score; None if the plan has `scored: False`"""
     version: int | None
-    """Of the adapters that drew; None for the teacher's."""
+    """The version of the adapters that sampled; None for the teacher's rollouts."""
     nfe: int
     seconds: Mapping[str, float]
-    """{rollout, reward}: the slowest worker's"""
+    """{rollout, reward}, each the maximum over workers"""
     payload: Any
 
 
 class Executor(Protocol):
     def request(self, work: Work) -> None:
-        """Have a step's rollouts drawn with a published version and scored. Steps are requested in order."""
+        """Start sampling and scoring a step's rollouts with a published version. Steps are requested in order."""
         ...
 
     def take(self, step: int) -> Batch:
-        """The rollouts of the oldest requested step, when they are done."""
+        """Wait for the rollouts of the oldest requested step."""
         ...
 
     def update(self, step: int, batch: Batch, credit: Tensor | None) -> Update:
-        """One training step. credit: [B], None where the plan asks for no scores."""
+        """One training step. credit: [B], None if the batch has no scores."""
         ...
 
     def publish(self, version: int) -> None:
-        """Give the learner's adapters to all workers, as this version. Returns when they can be drawn with."""
+        """Make the learner's adapters available to all workers as this version."""
         ...
 
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
-        """Draw with an adapter of the newest version, or None for the teacher, and score with every reward."""
+        """Sample with an adapter of the newest version, or None for the teacher, and score with every reward."""
         ...
 
     def save(self, folder: Path) -> None: ...
@@ -69,15 +69,15 @@ class Executor(Protocol):
 
 
 def summary_of(sampled: Sampled) -> Batch:
-    """What the loop sees of one worker's rollouts, without the payload."""
+    """The numbers of one worker's rollouts, without the payload."""
     scores = None if sampled.scores is None else sampled.scores.to("cpu")
     return Batch(scores, sampled.rollout.version, sampled.nfe, sampled.seconds, payload=None)
 
 
 def joined(parts: Sequence[Batch], payload: Any) -> Batch:
-    """One step's rollouts from the parts that workers drew, in the order of their groups."""
+    """One step's rollouts from the parts that workers sampled, in the order of their groups."""
     scores = [part.scores for part in parts if part.scores is not None]
-    assert len({part.version for part in parts}) == 1, "one version draws a step"
+    assert len({part.version for part in parts}) == 1, "all workers sample a step with one version"
     return Batch(
         scores=Scores.cat(scores) if scores else None,
         version=parts[0].version,

@@ -1,1 +1,1 @@
-"""Experiments: the schema, the YAML that fills it, and the checks before anything heavy is loaded. Loads no network."""
+"""Experiments: their schema, reading it from YAML, and the checks before anything heavy is loaded. Loads no network."""

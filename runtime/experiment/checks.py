@@ -1,4 +1,4 @@
-"""Everything about an experiment that can be checked before a network is loaded. Every error is an InputError of one line."""
+"""All checks of an experiment that need no loaded network. Every error is an InputError of one line."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from runtime.experiment.config import Experiment, InputError, Task, new_objectiv
 from runtime.run.tracking import check_trackers
 
 PLACES = ("weights", "head", "tokenizer", "med_config")
-"""Knobs of rewards that name files, folders or hub ids."""
+"""Keys of reward entries that name files, folders or hub ids."""
 
 
 def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], list[Prompt], Outline]:
     """The prompts to train on, the held-out ones, and the generator's outline."""
     train, heldout, generator = check_task(experiment, on_this_machine=executor == "inline")
-    with _blamed("rewards"):
+    with _errors_of("rewards"):
         check_gradient(experiment)
-    with _blamed("lora"):
+    with _errors_of("lora"):
         shape_of_adapter(experiment, generator)
-    with _blamed("objective"):
+    with _errors_of("objective"):
         check_objective(experiment)
     return train, heldout, generator
 
 
 def check_task(task: Task, on_this_machine: bool) -> tuple[list[Prompt], list[Prompt], Outline]:
-    """What every kind of run needs; the same three. on_this_machine: whether its networks are loaded here."""
+    """The checks for every kind of run; returns as `check_inputs`. on_this_machine: whether the networks are loaded here."""
     from runtime.roles.build import resolve_embedded
 
     section, rollouts = task.generator, task.rollouts
-    with _blamed("prompts"):
+    with _errors_of("prompts"):
         train, heldout = read_prompts(task.prompts.train), read_prompts(task.prompts.heldout)
-    with _blamed("run"):
+    with _errors_of("run"):
         check_trackers(task.run.trackers)
         if on_this_machine and task.run.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {task.run.device!r}: this torch sees no GPU here; allowed: auto, cpu")
-    with _blamed("rewards"):
+            raise ValueError(f"device {task.run.device!r}: torch finds no GPU; allowed here: auto, cpu")
+    with _errors_of("rewards"):
         check_rewards(resolve_embedded(task.all_rewards))
         check_prompts(task.rewards.train, train)
         check_prompts(task.all_rewards, heldout[: task.prompts.heldout_number])
-    with _blamed("generator"):
+    with _errors_of("generator"):
         generator = outline(section.weights, section.family)
         generator.latent_shape(section.height, section.width)
-    with _blamed("rollouts"):
+    with _errors_of("rollouts"):
         generator.check_grid(rollouts.shift, rollouts.spacing == "even")
     if len(heldout) < 2:
         raise InputError(f"prompts.heldout = {task.prompts.heldout!r}: has one prompt; at least 2 are needed")
@@ -67,28 +67,28 @@ def check_task(task: Task, on_this_machine: bool) -> tuple[list[Prompt], list[Pr
 
 
 def check_objective(experiment: Experiment) -> None:
-    """Raises ValueError for a plan that the solver cannot do, and for optimiser settings of a player that does not exist."""
+    """Raises ValueError for a plan that does not fit the solver, and for optimiser settings of a player that does not exist."""
     objective, steps = new_objective(experiment), experiment.rollouts.steps
     objective.plan(1, steps).check(steps, adapter_names(objective))
     first, *others = players_of(objective)
     if unknown := [name for name in experiment.optimizer.players if name not in others]:
-        raise InputError(f"optimizer.players.{unknown[0]}: is not a player beside {first!r}{nearest(unknown[0], others)}")
+        raise InputError(f"optimizer.players.{unknown[0]}: is not a player other than {first!r}{nearest(unknown[0], others)}")
 
 
 def check_gradient(experiment: Experiment) -> None:
-    """Raises ValueError where the algorithm needs the gradient of a reward that has none, naming those that have one."""
+    """Raises ValueError if the algorithm needs the gradient of a reward that has none; the message lists those with one."""
     section, algorithm = experiment.rewards, experiment.objective.algorithm
     if not experiment.objective.needs_reward_gradient:
         return
     if without := [entry["label"] for entry in section.train if entry["weight"] > 0 and not differentiable(entry)]:
         raise ValueError(
-            f"rewards.train: {without[0]} has no gradient, which {algorithm} needs; with one: "
+            f"rewards.train: {without[0]} has no gradient, which {algorithm} needs; rewards with one: "
             f"{', '.join(name for name in REWARDS if scorer(name).facts.differentiable)}, or python: with differentiable: true"
         )
 
 
 def shape_of_adapter(experiment: Experiment, generator: Outline) -> tuple[int, tuple[str, ...]]:
-    """(rank, layers). Raises ValueError where the experiment's `lora` does not fit the generator."""
+    """(rank, layers). Raises ValueError if the experiment's `lora` does not fit the generator."""
     lora = experiment.lora
     if lora.start_from is not None:
         file = read_lora(Path(lora.start_from), generator.linear)
@@ -98,14 +98,14 @@ def shape_of_adapter(experiment: Experiment, generator: Outline) -> tuple[int, t
 
 def _warn(task: Task, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
     if both := {prompt.text for prompt in train} & {prompt.text for prompt in heldout}:
-        print(f"odeon: {len(both)} prompts are in prompts.train and prompts.heldout, e.g. {min(both)!r}", file=sys.stderr)
+        print(f"odeon: {len(both)} prompts are in both prompts.train and prompts.heldout, e.g. {min(both)!r}", file=sys.stderr)
     if not {entry["label"] for entry in task.rewards.heldout} - task.trained_labels:
-        print("odeon: every held-out reward is trained; nothing watches for reward hacking", file=sys.stderr)
+        print("odeon: every held-out reward is also trained, so reward hacking cannot be detected", file=sys.stderr)
 
 
 @contextmanager
-def _blamed(section: str) -> Iterator[None]:
-    """ValueErrors inside the block as InputErrors about this section of the experiment."""
+def _errors_of(section: str) -> Iterator[None]:
+    """Turns ValueErrors inside the block into InputErrors that name this section of the experiment."""
     try:
         yield
     except ValueError as error:
@@ -114,14 +114,14 @@ def _blamed(section: str) -> Iterator[None]:
 
 
 def files_of(task: Task) -> dict[str, Path]:
-    """{the experiment's name for it: path} of all files and folders, beside prompts, that a run depends on.
+    """{name in the experiment: path} of all files and folders that a run depends on, except prompts.
 
-    Downloads the generator where it is on the hub. Rewards' models on the hub are not downloaded yet, and left out.
+    Downloads a generator that is on the hub. Rewards' models on the hub are not downloaded yet, and are not included.
     """
     from runtime.roles.build import resolve_embedded
 
     source, start = task.generator, task.lora.start_from if isinstance(task, Experiment) else None
-    with _blamed("generator"):
+    with _errors_of("generator"):
         found = {source.weights: download(source.weights, source.family)}
     named = {start: start} if start else {}
     for entry, placed in zip(task.all_rewards, resolve_embedded(task.all_rewards), strict=True):
@@ -133,7 +133,7 @@ def files_of(task: Task) -> dict[str, Path]:
 
 
 def revisions_of(task: Task) -> dict[str, str]:
-    """{the experiment's name for it: its current revision} of what rewards use from the hub or from another environment."""
+    """{name in the experiment: current revision} of the rewards' models on the hub and of their environments."""
     found: dict[str, str] = {}
     for entry in task.all_rewards:
         places = [entry[key] for key in PLACES if entry.get(key)]
@@ -144,6 +144,6 @@ def revisions_of(task: Task) -> dict[str, str]:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """sha256 of the prompts in their order, with all their columns."""
+    """sha256 of the prompts in order, with all columns."""
     rows = [[prompt.id, prompt.text, dict(prompt.meta)] for prompt in prompts]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

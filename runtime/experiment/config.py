@@ -1,6 +1,6 @@
-"""The schema of an experiment. The knobs of an algorithm or a reward are its own `Config`; the rest is here.
+"""The schema of an experiment. Algorithms and rewards define their knobs in a `Config` of their own; the rest is here.
 
-yaml.py fills it from a file, checks.py compares it with the files, models and machine that it names.
+yaml.py reads it from a file, checks.py compares it with the files, models and machine that it names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runtime.experiment.algorithms import ALGORITHMS
 
 
 class InputError(ValueError):
-    """The user's input is wrong; the message is one line for them. The command line exits with 2."""
+    """Invalid user input; the message is one line for the user. The command line exits with code 2."""
 
 
 class Section(BaseModel):
@@ -34,9 +34,9 @@ class GeneratorSection(Section):
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance scale of rollouts, training and evaluation; 1 is none"
     )
-    dtype: str = Field("float32", description=f"of the frozen base: {', '.join(DTYPES)}")
-    height: int | None = Field(None, gt=0, description="pixels; the model's own size unless given")
-    width: int | None = Field(None, gt=0, description="pixels; the model's own size unless given")
+    dtype: str = Field("float32", description=f"of the frozen network: {', '.join(DTYPES)}")
+    height: int | None = Field(None, gt=0, description="pixels; default: the model's own size")
+    width: int | None = Field(None, gt=0, description="pixels; default: the model's own size")
 
     @field_validator("family")
     @classmethod
@@ -60,10 +60,8 @@ class LoraSection(Section):
 
 class PromptsSection(Section):
     train: str = Field(description="embedded:NAME/SET, .txt, .jsonl, .parquet, or hf:OWNER/NAME")
-    heldout: str = Field(description="likewise; never trained on")
-    heldout_number: int = Field(
-        64, ge=2, description="how many held-out prompts an evaluation draws, from the start of the set"
-    )
+    heldout: str = Field(description="in the same form; never trained on")
+    heldout_number: int = Field(64, ge=2, description="number of held-out prompts in an evaluation, from the start of the set")
 
 
 class RewardsSection(Section):
@@ -72,7 +70,7 @@ class RewardsSection(Section):
     train: tuple[dict[str, Any], ...] = Field(description="the mixture that is trained, a weighted mean")
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
         "sum_then_normalize",
-        description="what is trained: the weighted mean, or that of rewards each standardised inside its group; TRL's words",
+        description="what is trained: the weighted mean of rewards, or of rewards standardised in each group; TRL's names",
     )
     heldout: tuple[dict[str, Any], ...] = Field(
         (), description="rewards that are logged at every evaluation and never trained on"
@@ -85,7 +83,7 @@ class RewardsSection(Section):
             raise ValueError("must be a list of {name: REWARD, ...}")
         for entry in value:
             if isinstance(entry, dict) and is_code(entry.get("name")) and not (info.context or {}).get("allow_code"):
-                raise ValueError(f"{entry['name']!r} is code named in an experiment; it runs only with --allow-code")
+                raise ValueError(f"{entry['name']!r}: is a Python function; it runs only with --allow-code")
         return tuple(resolve(value, f"rewards.{info.field_name}")) if value or info.field_name == "train" else ()
 
     @model_validator(mode="after")
@@ -94,20 +92,20 @@ class RewardsSection(Section):
         for entry in self.heldout:
             if trained.get(entry["label"], {**entry, "weight": None}) != {**entry, "weight": None}:
                 raise ValueError(
-                    f"heldout has another reward under the trained label {entry['label']!r}: give it a `label` of its own"
+                    f"heldout has another reward under the trained label {entry['label']!r}: give it another `label`"
                 )
         return self
 
 
 class SamplingSection(Section):
-    """How images are drawn."""
+    """How images are sampled."""
 
     solver: str = Field("dpmpp_2m", description=f"of the sampling ODE: {', '.join(SOLVERS)}")
     steps: int = Field(8, ge=1, description="solver steps")
-    shift: float | None = Field(None, gt=0, description="of the time grid; the pipeline's own scheduler decides unless given")
+    shift: float | None = Field(None, gt=0, description="of the time grid; default: the pipeline's scheduler")
     spacing: Literal["scheduler", "even"] = Field(
         "scheduler",
-        description="of the time grid before the shift: the scheduler's own, or 1, (S-1)/S .. 1/S as FLUX's pipeline",
+        description="of the time grid before the shift: the scheduler's own, or 1, (S-1)/S .. 1/S as in FLUX's pipeline",
     )
 
     @field_validator("solver")
@@ -117,12 +115,14 @@ class SamplingSection(Section):
 
 
 class RolloutsSection(SamplingSection):
-    workers: int = Field(1, ge=1, description="rollout actors; results do not depend on it")
+    workers: int = Field(1, ge=1, description="rollout workers; results do not depend on their number")
     groups_per_step: int = Field(16, ge=1, description="prompts in one training step")
     deadline: float = Field(
-        3600, gt=0, description="seconds for a worker's share of a step; after that it counts as hung and is replaced"
+        3600, gt=0, description="seconds for a worker's share of a step; a worker that takes longer is killed and restarted"
     )
-    staleness: int = Field(0, ge=0, le=0, description="policy versions a rollout may be behind; only 0, on-policy, so far")
+    staleness: int = Field(
+        0, ge=0, le=0, description="policy versions by which rollouts may lag; only 0, on-policy, is implemented"
+    )
 
 
 class AdamWSection(Section):
@@ -132,9 +132,11 @@ class AdamWSection(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; to 0 at run.steps")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up; linear and cosine decay to 0 at run.steps"
+    )
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    accumulation: int = Field(1, ge=1, description="updates whose mean gradient makes one step of the optimiser")
+    accumulation: int = Field(1, ge=1, description="updates whose mean gradient is used for one optimiser step")
 
 
 class OptimizerSection(AdamWSection):
@@ -143,7 +145,7 @@ class OptimizerSection(AdamWSection):
     )
     players: dict[str, AdamWSection] = Field(
         {},
-        description="settings of an algorithm's other players, such as a discriminator, by name; AdamW's defaults unless given",
+        description="{name: settings} of an algorithm's other players, such as a discriminator",
     )
 
     def of_player(self, name: str) -> AdamWSection:
@@ -152,14 +154,14 @@ class OptimizerSection(AdamWSection):
 
 
 class WatchSection(Section):
-    """When an evaluation looks like reward hacking; see runtime/evaluation/watch.py."""
+    """When reward hacking is suspected in an evaluation; see runtime/evaluation/watch.py."""
 
     reward_drop: float = Field(
         0.2, gt=0, description="fall of a held-out, untrained reward below the teacher's, in standard deviations of its scores"
     )
-    diversity_drop: float = Field(0.3, gt=0, lt=1, description="share of the teacher's diversity that is gone")
+    diversity_drop: float = Field(0.3, gt=0, lt=1, description="share of the teacher's diversity that is lost")
     stop_on_hacking: bool = Field(
-        False, description="end the run there; checkpoints are then made at evaluations that look good, and only there"
+        False, description="end the run at a suspicion; checkpoints are then written only at evaluations without one"
     )
 
 
@@ -167,16 +169,16 @@ class RunSection(Section):
     steps: int = Field(100, ge=1)
     evaluate_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(10, ge=1)
-    keep: int = Field(3, ge=1, description="newest checkpoints to keep, beside the best held-out one")
+    keep: int = Field(3, ge=1, description="newest checkpoints to keep, in addition to the best held-out one")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N")
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="of every role; it changes float sums")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="of every role; it changes rounding")
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="rows of one backward pass")
     gradient_checkpointing: bool = False
 
 
 class Task(Section):
-    """What every kind of run states: a frozen generator that draws for prompts, and rewards that score its images."""
+    """What every kind of run has: a frozen generator that samples images for prompts, and rewards that score them."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$", description="the run folder's name under runs/")
     seed: int = Field(0, ge=0)
@@ -198,7 +200,7 @@ class Task(Section):
 
 
 def _algorithm_model(name: str, config: type[BaseModel]) -> type[BaseModel]:
-    """The knobs of one algorithm beside the key that chooses it, so that errors and schema are the chosen algorithm's."""
+    """The knobs of one algorithm with the key that chooses it, so that errors and schema are the chosen algorithm's."""
     return create_model(name, __base__=config, algorithm=(Literal[name], name))  # type: ignore[arg-type]
 
 

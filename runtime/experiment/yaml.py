@@ -1,5 +1,5 @@
-"""The YAML of an experiment: `extends`, `key=value` overrides, and every mistake as one line that names the key, the value and
-what is allowed."""
+"""Reading an experiment from YAML, with `extends` and `key=value` overrides. Every error is one line that names the key, the
+value and what is allowed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ S = TypeVar("S", bound=Section)
 def read_experiment(path: Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Experiment:
     """The experiment in a YAML file with `key=value` overrides, as in `run.steps=6` or `rewards.train.0.weight=2`.
 
-    allow_code: whether it may name functions to call. Raises InputError for anything wrong with it.
+    allow_code: whether it may name Python functions. Raises InputError for an invalid file, override or value.
     """
     return read_as(Experiment, path, overrides, allow_code=allow_code)
 
@@ -43,30 +43,30 @@ def validated(raw: Any, section: type[S], *, allow_code: bool = False) -> S:
 
 
 def write_experiment(experiment: Section, path: Path) -> None:
-    """Every key with its value, so that the file says what ran even when defaults change."""
+    """Writes every key with its value, so that the file stays complete when defaults change."""
     path.write_text(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
+        raise InputError(f"{path}: no such file")
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: an experiment is a mapping of keys to values, got {type(raw).__name__}")
+        raise InputError(f"{path}: must be a mapping of keys to values, got {type(raw).__name__}")
     base = raw.pop("extends", None)
     if base is None:
         return raw
     base = (path.parent / base).resolve()
     if base in seen:
-        raise InputError(f"{path}: extends goes round in a circle through {base.name}")
+        raise InputError(f"{path}: extends is circular, through {base.name}")
     return _merge(_read_yaml(base, (*seen, base)), raw)
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge deeply, everything else replaces; another algorithm brings its own knobs only."""
+    """Mappings are merged recursively, other values replaced; another algorithm inherits none of the knobs."""
     merged = dict(base)
     for key, value in own.items():
         below = base.get(key)
@@ -104,12 +104,12 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _element(here: Any, part: str, override: str) -> Any:
     if not isinstance(here, list) or not part.isdigit() or int(part) >= len(here):
-        raise InputError(f"override {override!r}: there is no {part!r} there")
+        raise InputError(f"override {override!r}: {part!r} does not exist")
     return here[int(part)]
 
 
 _UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
-"""How pydantic calls the alternatives of a key that takes values of several types."""
+"""Pydantic's names for the alternatives of a key that takes values of several types."""
 
 
 def _one_line(error: ErrorDetails, section: type[Section]) -> str:

@@ -1,1 +1,1 @@
-"""Commands on an existing run (sample, evaluate, export, compare), and on what experiments can name. Trains nothing."""
+"""Commands on an existing run (sample, evaluate, export, compare), and on names that experiments can use. Trains nothing."""

@@ -1,4 +1,4 @@
-"""Curves of one run or several: a self-contained page with interactive plots, a picture, and a table for the terminal."""
+"""Curves of one or several runs: a self-contained page with interactive plots, a figure, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Lines]:
     for folder in folders:
         lines = RunFolder(folder).metrics()
         if not lines:
-            raise InputError(f"{folder}: no run there (no metrics.jsonl with a whole line)")
+            raise InputError(f"{folder}: not a run's folder (no metrics.jsonl with a complete line)")
         name = folder.resolve().name
         runs[name if name not in runs else str(folder)] = lines
     return runs
@@ -48,7 +48,7 @@ def abscissa(line: Mapping[str, Any], axis: str) -> float:
 
 
 def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metric: str | None = None) -> None:
-    """One page without any outside resource: every metric as a plot, rewards first, over the axis that the reader chooses."""
+    """One HTML page without external resources: every metric as a plot, rewards first, over an axis that the reader selects."""
     import plotly.graph_objects as go
     from plotly.colors import qualitative
     from plotly.offline import get_plotlyjs
@@ -76,7 +76,7 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
         [
             f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>',
             f"<body><script>{get_plotlyjs()}</script><h1>{title}</h1>{_html_table(runs)}",
-            *(f"<p><b>{escape(said)}</b></p>" for said in suspicions_of(runs)),
+            *(f"<p><b>{escape(suspicion)}</b></p>" for suspicion in suspicions_of(runs)),
             f'<p><label>curves over <select id="axis" autocomplete="off">{options}</select></label></p>',
             f'<div class="plots">{"".join(plots)}</div>',
             f"<script>const abscissas = {json.dumps(abscissas)}, titles = {json.dumps(AXES)};{SWITCH}</script></body></html>",
@@ -96,11 +96,11 @@ def _abscissas_of_curves(runs: Mapping[str, Lines], key: str, axis: str) -> list
     return found
 
 
-def write_picture(runs: Mapping[str, Lines], path: Path, axis: str = "step", metric: str | None = None) -> None:
-    """The rewards and the diversity side by side as a picture, for a README or a paper; or one metric."""
+def write_figure(runs: Mapping[str, Lines], path: Path, axis: str = "step", metric: str | None = None) -> None:
+    """A figure of the rewards and the diversity side by side, for a README or a paper; or of one metric."""
     from matplotlib.figure import Figure
 
-    keys = [metric] if metric else [key for key in _metrics_in_order(runs) if _in_picture(key, runs)]
+    keys = [metric] if metric else [key for key in _metrics_in_order(runs) if _in_figure(key, runs)]
     figure = Figure(figsize=(4 * len(keys), 3), layout="constrained")
     for key, plot in zip(keys, figure.subplots(1, len(keys), squeeze=False)[0], strict=True):
         for i, (name, lines) in enumerate(runs.items()):
@@ -122,11 +122,11 @@ def write_picture(runs: Mapping[str, Lines], path: Path, axis: str = "step", met
     figure.savefig(path, dpi=110)
 
 
-WRITERS = {".html": write_report, ".png": write_picture, ".svg": write_picture, ".pdf": write_picture}
+WRITERS = {".html": write_report, ".png": write_figure, ".svg": write_figure, ".pdf": write_figure}
 
 
-def _in_picture(key: str, runs: Mapping[str, Lines]) -> bool:
-    """The rewards and the diversity, but no label that is the whole mixture over again."""
+def _in_figure(key: str, runs: Mapping[str, Lines]) -> bool:
+    """The rewards and the diversity, except a label whose values are all those of the total."""
     if key in ("heldout/total", "reward/total", "diversity"):
         return True
     if not key.startswith("heldout/") or key == "heldout/win_rate":
@@ -135,13 +135,13 @@ def _in_picture(key: str, runs: Mapping[str, Lines]) -> bool:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Of the last MEAN_OF values at most."""
+    """At each position the mean of up to the last MEAN_OF values."""
     windows = (values[max(0, i + 1 - MEAN_OF) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def summary(name: str, lines: Lines) -> dict[str, str]:
-    """What one row of the table says of a run."""
+    """One row of the table of runs."""
     last = lines[-1]
     rewards = [line["reward/total"] for line in lines if "reward/total" in line]
     row = {
@@ -165,16 +165,16 @@ def summary(name: str, lines: Lines) -> dict[str, str]:
 
 
 def suspicions_of(runs: Mapping[str, Lines]) -> list[str]:
-    """What the hacking watch said of each run's last evaluation."""
-    said = []
+    """The suspicions of reward hacking in each run's last evaluation."""
+    found = []
     for name, lines in runs.items():
         last = [line for line in lines if "heldout/total" in line][-1:]
-        said += [f"{name}: suspected reward hacking: {suspicion}" for line in last for suspicion in line.get("hacking", ())]
-    return said
+        found += [f"{name}: suspected reward hacking: {suspicion}" for line in last for suspicion in line.get("hacking", ())]
+    return found
 
 
 def print_table(runs: Mapping[str, Lines]) -> None:
-    """One column a run, so that it fits a terminal whatever the number of rewards."""
+    """One column per run, so that any number of rewards fits a terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -184,8 +184,8 @@ def print_table(runs: Mapping[str, Lines]) -> None:
         table.add_row(key, *[row.get(key, "") for row in rows])
     console = Console()
     console.print(table)
-    for said in suspicions_of(runs):
-        console.print(said)
+    for suspicion in suspicions_of(runs):
+        console.print(suspicion)
 
 
 def _html_table(runs: Mapping[str, Lines]) -> str:
@@ -202,8 +202,8 @@ def _all_keys(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _metrics_in_order(runs: Mapping[str, Lines]) -> list[str]:
     keys = dict.fromkeys(key for lines in runs.values() for line in lines for key in line)
-    elsewhere = ("step", "seconds", "heldout/total_se", "diversity/base", "hacking")
-    plotted = [key for key in keys if key not in elsewhere and not key.startswith("heldout/base/")]
+    not_plotted = ("step", "seconds", "heldout/total_se", "diversity/base", "hacking")
+    plotted = [key for key in keys if key not in not_plotted and not key.startswith("heldout/base/")]
     first = ("heldout/total", "reward/total", "heldout/", "reward/", "diversity")
     return sorted(plotted, key=lambda key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)))
 

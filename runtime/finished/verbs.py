@@ -31,9 +31,9 @@ FORMATS = ("diffusers",)
 
 
 def read_run(run_dir: Path, *, allow_code: bool = True) -> tuple[Experiment, RunFolder]:
-    """Raises InputError for a folder that holds no run. allow_code: only commands that call the rewards have to ask for it."""
+    """Raises InputError for a folder without a run. allow_code: to be restricted only by commands that call the rewards."""
     if not (run_dir / "experiment.yaml").is_file():
-        raise InputError(f"{run_dir}: no run there (no experiment.yaml)")
+        raise InputError(f"{run_dir}: not a run's folder (no experiment.yaml)")
     if "language_model" in yaml.safe_load((run_dir / "experiment.yaml").read_text()):
         raise InputError(
             f"{run_dir}: is the run of a prompt policy, which has no adapter; its language model is in {run_dir / 'export'}"
@@ -42,16 +42,16 @@ def read_run(run_dir: Path, *, allow_code: bool = True) -> tuple[Experiment, Run
 
 
 def changed_rollouts(experiment: Experiment, **changes: Any) -> RolloutsSection:
-    """The experiment's rollouts with the changes that are not None; they need not fit the objective, which is not used."""
+    """The rollouts section with those changes that are not None; they need not fit the objective, which is not used here."""
     given = {key: value for key, value in changes.items() if value is not None}
     return validated({**experiment.rollouts.model_dump(), **given}, RolloutsSection)
 
 
 def trained_generator(experiment: Experiment, folder: RunFolder, step: int | None = None) -> tuple[PipelineGenerator, int]:
-    """The generator with the adapters of a checkpoint, the newest unless a step is given; and that checkpoint's step."""
+    """The generator with the adapters of a checkpoint, by default the newest, and that checkpoint's step."""
     checkpoints = folder.checkpoints()
     if not checkpoints:
-        raise InputError(f"{folder.path}: no checkpoint there")
+        raise InputError(f"{folder.path}: has no checkpoint")
     if step is None:
         step = max(checkpoints)
     if step not in checkpoints:
@@ -110,7 +110,7 @@ def evaluate_run(
 
 
 def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool) -> Experiment:
-    """The experiment with more held-out rewards, as `named_rewards` reads them. Those it has already stay as they are."""
+    """The experiment with additional held-out rewards, as `named_rewards` reads them; existing labels stay unchanged."""
     raw = experiment.model_dump(mode="json")
     known = [{"name": entry["label"]} for entry in experiment.all_rewards]
     raw["rewards"]["heldout"] += [entry for text in texts for entry in named_rewards(text) if entry not in known]

@@ -1,4 +1,4 @@
-"""The schema of a prompt policy's experiment, and what can be checked of it before a network is loaded."""
+"""The schema of a prompt policy's experiment, and its checks before a network is loaded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from runtime.roles.build import device
 
 class LanguageModelSection(Section):
     weights: str = Field(description="embedded:NAME, a local transformers folder, or a hub id; all of it is trained")
-    template: str = Field("{prompt}", description="the model's input, with {prompt} where the prompt goes")
+    template: str = Field("{prompt}", description="the model's input; {prompt} is replaced by the prompt")
     chat: bool = Field(False, description="whether the input is a user message in the tokenizer's own chat template")
-    max_new_tokens: int = Field(64, ge=1, description="of a rewriting")
+    max_new_tokens: int = Field(64, ge=1, description="of one rewriting")
     temperature: float = Field(1.0, gt=0, description="of rewritings in training; evaluations are greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of its weights")
 
     @field_validator("template")
     @classmethod
-    def _has_a_place(cls, value: str) -> str:
+    def _has_placeholder(cls, value: str) -> str:
         if value.count("{prompt}") != 1:
             raise ValueError("must hold {prompt} once, where the prompt goes")
         return value
@@ -47,7 +47,7 @@ class GRPOSection(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    beta: float = Field(0.0, ge=0, description="pull towards the model's start")
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence from the initial model")
     epsilon: float = Field(0.2, gt=0)
     epsilon_high: float | None = Field(None, gt=0)
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
@@ -124,9 +124,9 @@ def check_model_folder(folder: Path, weights: str, chat: bool) -> None:
         raise ValueError(f"weights {weights!r}: not a transformers model folder (no config.json)")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind not in KNOWN:
-        raise ValueError(f"weights {weights!r}: its config.json says model_type {kind!r}, which is not a causal language model")
+        raise ValueError(f"weights {weights!r}: its config.json has model_type {kind!r}, which is not a causal language model")
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"weights {weights!r}: no .safetensors file, the only format that is read")
+        raise ValueError(f"weights {weights!r}: no .safetensors file, the only supported format")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"weights {weights!r}: no tokenizer_config.json")
     in_config = "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
@@ -135,7 +135,7 @@ def check_model_folder(folder: Path, weights: str, chat: bool) -> None:
 
 
 def plan_text(experiment: PromptPolicy, generator: Outline) -> str:
-    """The whole experiment, and what a step asks of the networks."""
+    """The complete experiment, and estimates of a step's network evaluations and the run's memory."""
     grpo, rollouts = experiment.grpo, experiment.rollouts
     rows = grpo.prompts_per_step * grpo.num_generations
     solve = evaluations(SOLVERS[rollouts.solver], torch.linspace(1, 0, rollouts.steps + 1))
@@ -146,7 +146,7 @@ def plan_text(experiment: PromptPolicy, generator: Outline) -> str:
             yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             f"# a step: {rows} rewritings, at most as many images and {rows * solve:,} network evaluations of the generator",
             f"# memory: transformer {base:,.0f} MiB, text encoders and VAE, libraries about 700 MiB; of the language model its",
-            f"#   weights, gradient and optimiser{', and its start' if grpo.beta else ''}, and the activations of "
+            f"#   weights, gradient and optimiser{', and the initial weights' if grpo.beta else ''}, and the activations of "
             f"{grpo.rows_of_a_pass} rewritings",
         ]
     )

@@ -1,4 +1,4 @@
-"""A step's rewritings, drawn and scored: the reward function that TRL calls.
+"""The reward function that TRL calls: samples images for a step's rewritings, and scores them.
 
 Axes: N prompts, G rewritings of each in a row, B = N G.
 """
@@ -19,15 +19,15 @@ from runtime.executors.messages import Batch
 from runtime.prompt_policy.config import PromptPolicy
 from runtime.roles.scoring import score_in_batches
 
-CAPTION = "asked for"
-"""The column of the original prompts, a name that no column of a prompt file has."""
+CAPTION = "original prompt"
+"""The column of the original prompts; the space avoids clashes with columns of prompt files."""
 PLAN = Plan(source="teacher")
 
 
 class Rewriting:
-    """A generator that encodes other texts than it is given: `rewritten`, {prompt: rewriting}. Others are encoded as they are.
+    """A generator that encodes a prompt's rewriting in place of the prompt. rewritten: {prompt: rewriting}.
 
-    Everything else is the generator's own.
+    Other prompts are encoded unchanged; everything else is the generator's own.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -44,8 +44,8 @@ class Rewriting:
         return self.generator.encode([self.rewritten.get(text, text) for text in prompts])
 
 
-class Remembered:
-    """A reward that scores at most `rows` images at once, and remembers its last scores."""
+class Recorded:
+    """A reward that scores at most `rows` images per call, and keeps its last scores."""
 
     def __init__(self, reward: RewardModel, rows: int) -> None:
         self.reward = reward
@@ -62,12 +62,12 @@ class Remembered:
 
 
 class Judge:
-    """Draws and scores a step's rewritings, and keeps the numbers of the last call."""
+    """Samples and scores a step's rewritings, and keeps the numbers of the last call."""
 
     def __init__(self, experiment: PromptPolicy, worker: Worker, reward: RewardModel, prompts: Sequence[Prompt]) -> None:
         self.seed, self.size = experiment.seed, experiment.grpo.num_generations
         self.worker = worker
-        self.reward = Remembered(reward, worker.most)
+        self.reward = Recorded(reward, worker.most)
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.as_trl = as_trl_reward(self.reward, self.draw, caption=CAPTION)
         self.noise: list[tuple[Prompt, int]] = []
@@ -75,7 +75,7 @@ class Judge:
         self.last: Batch | None = None
 
     def draw(self, texts: list[str]) -> Tensor:
-        """B texts -> images [B, 3, H, W], those of one prompt from one noise."""
+        """B texts -> images [B, 3, H, W]; the rewritings of one prompt share their noise."""
         wanted = [(one_line(text), prompt, seed) for text, (prompt, seed) in zip(texts, self.noise, strict=True)]
         groups = {(text, seed): Group(Prompt(prompt.id, text, prompt.meta), seed, [seed]) for text, prompt, seed in wanted}
         place = {key: i for i, key in enumerate(groups)}

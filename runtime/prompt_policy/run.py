@@ -1,17 +1,18 @@
 """`odeon prompt-policy`: a language model learns to rewrite prompts for a frozen generator.
 
-The model reads a prompt and rewrites it; the generator draws the rewritten prompt, and the rewards score the image against the
-original prompt (the idea is Promptist's, Hao et al. 2212.09611). TRL's GRPOTrainer owns the loop, its optimiser and
+The model rewrites a prompt, the generator samples an image for the rewriting, and the rewards score the image with the original
+prompt (the idea is from Promptist, Hao et al. 2212.09611). TRL's GRPOTrainer owns the loop, its optimiser and
 checkpoints; the images, the rewards, the held-out comparison and the run's folder are those of `odeon launch`.
 
-All rewritings of a prompt in one step are drawn from the same noise, which changes from step to step, so that inside a group
-only the wording differs. Equal rewritings are drawn once.
+All rewritings of a prompt in one step are sampled from the same noise, which changes from step to step, so that inside a group
+only the wording differs. Equal rewritings are sampled once.
 
 At an evaluation the model decodes greedily. `heldout/base` is the generator on the original prompts, `start` on the rewritings
 of the language model before training, all on the same noise.
 
-TRL checkpoints its weights, optimiser, schedule and random state, and its data is a function of seed and step; so a run that
-was interrupted continues from its newest checkpoint and ends as one that was not, to the last bit on a CPU.
+TRL checkpoints its weights, optimiser, schedule and random state, and its data is a function of seed and step; so an
+interrupted run continues from its newest checkpoint and, on a CPU, gives the same result as an uninterrupted one, to the last
+bit.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from runtime.run.progress import reporter
 from runtime.run.signals import signals_end_the_process, signals_noted
 
 PASSED_ON = ("entropy", "kl", "completions/mean_length", "completions/clipped_ratio", "learning_rate")
-"""What is kept of TRL's own metrics."""
+"""Those of TRL's metrics that are logged."""
 
 
 def train_prompt_policy(
@@ -56,7 +57,7 @@ def train_prompt_policy(
     with folder.locked(), signals_end_the_process():
         folder.claim(experiment)
         if max(trl_checkpoints(folder), default=0) >= experiment.run.steps and (folder.path / "export").exists():
-            print(f"{folder.path} has run its {experiment.run.steps} steps")
+            print(f"{folder.path}: all {experiment.run.steps} steps are done")
             return 0
         model = {experiment.language_model.weights: model_folder(experiment)}
         record_environment(experiment, folder, train, heldout, model)
@@ -68,7 +69,7 @@ def train_prompt_policy(
 
 
 class Run:
-    """One run: the generator, the language model with its trainer, and what is written of them."""
+    """One run: the generator, the language model with its trainer, and their logs."""
 
     def __init__(self, experiment: PromptPolicy, folder: RunFolder, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
         self.experiment, self.folder = experiment, folder
@@ -83,7 +84,7 @@ class Run:
         self.model, self.tokenizer = self.trainer.model, self.trainer.processing_class
 
     def go(self, show: Show) -> int | None:
-        """Train the steps that are left, and export; the signal number if one stopped it."""
+        """Train the remaining steps, and export; returns the signal number if one stopped the run."""
         checkpoints = trl_checkpoints(self.folder)
         step = max(checkpoints, default=0)
         self.folder.rewind_metrics(step)
@@ -117,7 +118,7 @@ class Run:
         return result
 
     def evaluate_rewritten(self, step: int) -> Evaluated:
-        """The generator on the language model's rewritings, which are written down beside the images."""
+        """The generator on the language model's rewritings, which are written to prompts.txt with the images."""
         texts = list(dict.fromkeys(group.prompt.text for group in self.groups))
         written = greedy(self.model, self.tokenizer, self.experiment.language_model, texts)
         self.rewriting.rewritten = dict(zip(texts, written, strict=True))
@@ -129,7 +130,7 @@ class Run:
         return result
 
     def before_training(self, step: int) -> dict[str, float]:
-        """`start/<label>`: the held-out means of the language model before training, evaluated once in the life of a run."""
+        """`start/<label>`: the held-out means of the language model before training, evaluated once per run."""
         file = self.folder.path / "start.safetensors"
         if not file.exists() and step == 0:
             with replaced(file) as temporary:
@@ -137,7 +138,7 @@ class Run:
         return means_of_known("start", Evaluated.load(file).scores) if file.exists() else {}
 
     def end_of_step(self, control: Any) -> None:
-        """Before the step is logged: a signal ends the run here, with a checkpoint."""
+        """Called before the step is logged: a signal ends the run here, with a checkpoint."""
         self.stopping = bool(self.noted)
         last = self.trainer.state.global_step == self.experiment.run.steps
         if self.stopping or last:
@@ -146,7 +147,7 @@ class Run:
 
     def logged(self, logs: Mapping[str, Any]) -> None:
         """The step's line, written before its checkpoint. logs: TRL's metrics of the step."""
-        if "loss" not in logs:  # the whole run's summary
+        if "loss" not in logs:  # the summary at the end of training
             return
         run, step, batch, progress = self.experiment.run, self.trainer.state.global_step, self.judge.last, self.progress
         assert batch is not None
@@ -178,6 +179,6 @@ class Run:
         if not final.exists():
             os.replace(partial, final)
             return
-        for file in partial.iterdir():  # of a run that was continued with more steps
+        for file in partial.iterdir():  # the run was continued with more steps
             os.replace(file, final / file.name)
         partial.rmdir()

@@ -22,7 +22,7 @@ from runtime.roles.build import device
 from runtime.run.folder import RunFolder
 
 ROWS = 64
-"""Prompts rewritten at once at an evaluation."""
+"""Batch size of rewritings at an evaluation."""
 
 
 def model_folder(experiment: PromptPolicy) -> Path:
@@ -44,19 +44,19 @@ def model_folder(experiment: PromptPolicy) -> Path:
 
 
 def trl_checkpoints(folder: RunFolder) -> dict[int, Path]:
-    """{step: folder} of TRL's whole checkpoints, oldest first. Their trainer_state.json is written last."""
+    """{step: folder} of TRL's complete checkpoints, oldest first. TRL writes trainer_state.json last."""
     found = {}
     for path in (folder.path / "checkpoints").glob("checkpoint-*"):
         try:
             found[json.loads((path / "trainer_state.json").read_text())["global_step"]] = path
-        except (FileNotFoundError, json.JSONDecodeError):  # an interrupted save left it incomplete
+        except (FileNotFoundError, json.JSONDecodeError):  # incomplete after an interruption
             continue
     return dict(sorted(found.items()))
 
 
 @contextmanager
 def without_trl_deprecations() -> Iterator[None]:
-    """TRL 1.16 uses names that transformers has deprecated, which would warn at every step."""
+    """Hides warnings: TRL 1.16 uses names that transformers has deprecated, with a warning at every step."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -94,7 +94,7 @@ def new_trainer(
         top_p=section.top_p,
         shuffle_dataset=False,
         max_steps=steps,
-        seed=experiment.seed % 2**32,  # what numpy takes
+        seed=experiment.seed % 2**32,  # numpy's range
         save_steps=experiment.run.checkpoint_every,
         save_total_limit=experiment.run.keep,
         gradient_checkpointing=experiment.run.gradient_checkpointing,

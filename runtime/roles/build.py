@@ -1,4 +1,4 @@
-"""What the roles are made of, built from an experiment alone, so that every process can build its own."""
+"""The parts of the roles, built from an experiment alone, so that every process can build its own."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 ensure_torchvision()
 
 EMA = "ema"
-"""The adapter that holds the exponential moving average of the policy, if `optimizer.ema` asks for one."""
+"""The adapter that holds the exponential moving average of the policy, if `optimizer.ema` is set."""
 TOKENS_OF_A_BATCH = 4096
 """`micro_batch: auto`: as many rows as make this many image tokens, one image of 1024 pixels, but at most 64."""
 
 
 def roles_of_adapters(experiment: Experiment, objective: Objective) -> dict[str, Any]:
-    """{adapter: Trained or Follows}: the objective's, and the policy's EMA where the experiment keeps one."""
+    """{adapter: Trained or Follows}: the objective's, and the policy's EMA if the experiment has one."""
     found: dict[str, Any] = {name: objective.adapters[name] for name in adapter_names(objective)}
     if experiment.optimizer.ema is not None:
         assert EMA not in found, f"{EMA!r} is the runtime's own adapter"
@@ -69,7 +69,7 @@ def new_generator(task: Task) -> PipelineGenerator:
 
 
 def new_generator_with_adapters(experiment: Experiment, objective: Objective) -> PipelineGenerator:
-    """The frozen generator under every adapter of the objective, all with the same first values, and the EMA."""
+    """The frozen generator with every adapter of the objective and the EMA, all with the same initial values."""
     generator, lora, seed = new_generator(experiment), experiment.lora, experiment.seed
     for name, role in roles_of_adapters(experiment, objective).items():
         trainable = not isinstance(role, Follows)
@@ -96,22 +96,22 @@ def device(task: Task) -> str:
 
 
 def micro_batch(task: Task, generator: Generator) -> int:
-    """The most rows of one network call."""
+    """The largest number of rows of one network call."""
     if task.run.micro_batch != "auto":
         return task.run.micro_batch
     return max(1, min(64, TOKENS_OF_A_BATCH // generator.tokens(task.generator.height, task.generator.width)))
 
 
 def with_guidance(predict: Predict, scale: float, negative: Condition, detach_negative: bool = False) -> Predict:
-    """The guided network as a network: what an objective trains where guidance is part of the sampler; see `guided`."""
+    """The network with guidance, as a network: objectives train it, since guidance is part of the sampler; see `guided`."""
     if scale == 1:
         return predict
 
-    def ask(x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
-        below = negative.repeat(len(condition))
-        return guided(predict, condition, adapter=adapter, scale=scale, negative=below, detach_negative=detach_negative)(x, t)
+    def predict_guided(x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
+        rows = negative.repeat(len(condition))
+        return guided(predict, condition, adapter=adapter, scale=scale, negative=rows, detach_negative=detach_negative)(x, t)
 
-    return ask
+    return predict_guided
 
 
 def time_grid(task: Task, generator: Generator, sampling: SamplingSection) -> Tensor:
@@ -121,7 +121,7 @@ def time_grid(task: Task, generator: Generator, sampling: SamplingSection) -> Te
 
 
 def new_worker(task: Task, generator: Generator, sampling: SamplingSection, **options: Any) -> Worker:
-    """What draws as the section states: the task's own, or another one to draw differently."""
+    """A rollout worker with the section's settings: the task's own section, or another one to sample differently."""
     section = task.generator
     return Worker(
         generator,

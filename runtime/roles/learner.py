@@ -1,4 +1,4 @@
-"""The learner: losses into optimiser steps of the players. Knows no algorithm, no generator and no Ray.
+"""The learner: losses to optimiser steps of the players. Knows no algorithm, no generator and no Ray.
 
 Axes: N rows of a micro-batch.
 """
@@ -22,25 +22,25 @@ from runtime.roles.memory import PeakMemory
 from runtime.roles.ranks import OneRank, Ranks
 
 MAXIMUM = "max"
-"""A metric whose last word begins so is a maximum over micro-batches and updates; the others are means over rows."""
+"""A metric whose last word begins with this is a maximum over micro-batches and updates; the others are means over rows."""
 RENAMED = {"ema": "average"}
-"""{adapter: what checkpoints of earlier versions call it}"""
+"""{adapter: its file name in checkpoints of earlier versions}"""
 
 
 @dataclass(frozen=True)
 class Player:
-    """What one optimiser moves: a LoRA adapter, or a network beside the generator."""
+    """What one optimiser updates: a LoRA adapter, or another network such as a discriminator."""
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: AdamWSection
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the network changes by itself (spectral norms, running means); part of a checkpoint."""
+    """What the network updates in its own forward pass (spectral norms, running means); part of a checkpoint."""
 
 
 class Learner:
     """Trains the players, each with an AdamW of its own, in the turns that an objective gives.
 
-    Gradients add up over micro-batches and ranks, and over a player's `accumulation` updates before its optimiser moves.
+    Gradients are summed over micro-batches and ranks, and over a player's `accumulation` updates before its optimiser steps.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Learner:
     ) -> None:
         """players: the first one's loss and gradient norm are the run's `loss` and `grad_norm`; others' carry their name.
 
-        followers: {name: (whom it follows, its parameters)}. steps: of the run, for schedules. micro_batch: the largest N.
+        followers: {name: (leader and decay, its parameters)}. steps: of the run, for schedules. micro_batch: the largest N.
         """
         self.players = players
         self.followers = followers
@@ -73,7 +73,7 @@ class Learner:
             for name, player in players.items()
         }
         self.waiting = dict.fromkeys(players, 0)
-        """{player: updates whose gradients wait for the optimiser}"""
+        """{player: updates accumulated since its last optimiser step}"""
         self.first = next(iter(players))
 
     def update(
@@ -81,9 +81,9 @@ class Learner:
     ) -> dict[str, float]:
         """All turns of one training step, numbered from 1. Returns its metrics: loss, grad_norm, and the objective's own.
 
-        A turn without items moves nothing; without any, loss and grad_norm are 0. Means are over the rows of all turns of the
-        step, maxima over all turns. Raises FloatingPointError for a loss or gradient that is not finite, before the optimiser
-        sees it. `grad_norm` is that of the gradient gathered so far, before clipping.
+        A turn without items updates nothing; if no turn has items, loss and grad_norm are 0. Means are over the rows of all
+        turns of the step, maxima over all turns. Raises FloatingPointError for a loss or gradient that is not finite,
+        before the optimiser steps. `grad_norm` is that of the gradient accumulated so far, before clipping.
         """
         found: dict[str, list[tuple[float, float]]] = defaultdict(list)
         moved: set[str] = set()
@@ -167,7 +167,7 @@ class Learner:
             torch.save(state, folder / f"optimizer_{name}.pt")
 
     def load(self, folder: Path) -> None:
-        """Raises ValueError if a file holds other tensors."""
+        """Raises ValueError if a file holds other tensors than the learner."""
         for name, tensors in self._tensors().items():
             read_tensors(tensors, folder, name)
         for name, optimizer in self.optimizers.items():
@@ -198,7 +198,7 @@ def read_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None
 
 
 def rate(step: int, steps: int, config: AdamWSection) -> float:
-    """Share of the learning rate at step 1..steps: a linear warm-up, then the schedule."""
+    """Factor of the learning rate at step 1..steps: a linear warm-up, then the schedule."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     done = (step - 1 - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -218,7 +218,7 @@ def _read(gathered: list[tuple[str, Any, Tensor]]) -> dict[str, list[tuple[float
 
 
 def _reduce(key: str, values: list[tuple[float, float]]) -> float | None:
-    """None where the values are means of no row."""
+    """The mean or maximum; None if no value has rows."""
     known = [(rows, value) for rows, value in values if rows]
     if not known:
         return None

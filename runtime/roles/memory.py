@@ -1,4 +1,4 @@
-"""The peak memory of each phase of an update."""
+"""Peak memory of each phase of an update."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Phases that follow each other, and the most memory each of them needed.
+    """Consecutive phases and the peak memory of each.
 
-    On a GPU what tensors occupied there at once; on a Linux CPU the process's resident memory, libraries and all. Elsewhere
-    nothing is known.
+    On a GPU the memory allocated to tensors; on a Linux CPU the resident memory of the whole process, libraries included. On
+    other systems nothing is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._device = device
-        self._known = self._on_gpu or CLEAR.exists()
+        self._measured = self._on_gpu or CLEAR.exists()
         self._phase: str | None = None
         self._peaks: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
-        """Begin a phase, and end the one before. A phase may come again: its peak is the largest."""
-        if not self._known:
+        """End the current phase and begin another. If a phase occurs several times, its peak is the largest."""
+        if not self._measured:
             return
         self._end()
         self._phase = phase
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
+            CLEAR.write_text("5")  # resets the kernel's peak, VmHWM, to the current resident memory
 
     def peaks(self) -> dict[str, float]:
         """{memory/PHASE: MiB} since the last call."""

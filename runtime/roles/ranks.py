@@ -1,4 +1,4 @@
-"""What learner processes that share one update exchange: the rank of each is a whole learner on its own rows."""
+"""What learner processes that share one update exchange. Each rank is a complete learner on its own rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ranks(Protocol):
         ...
 
     def passes(self, number: int) -> int:
-        """The most micro-batches of any rank, from this one's number; a rank with fewer repeats its last one with weight 0."""
+        """The largest number of micro-batches of any rank; a rank with fewer repeats its last one with weight 0."""
         ...
 
     def add(self, gradients: Sequence[Tensor]) -> None:

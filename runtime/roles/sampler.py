@@ -1,4 +1,4 @@
-"""The role that draws and scores training rollouts, and held-out images."""
+"""The role that samples and scores training rollouts and held-out images."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Sampled:
 
     rollout: Rollout
     scores: Scores | None
-    """None where the plan asks for none"""
+    """None if the plan has `scored: False`"""
     nfe: int
     seconds: Mapping[str, float]
     """{rollout, reward}"""
 
 
 class Sampler:
-    """Draws groups and scores them.
+    """Samples groups and scores them.
 
-    most: the rows of a network call, from which an executor works out which groups must stay together.
+    most: the largest number of rows of a network call, from which an executor computes which groups must stay together.
     """
 
     def __init__(self, experiment: Experiment, generator: Generator | None = None, isolated: Isolated | None = None) -> None:

@@ -10,7 +10,7 @@ from diffusion import Prompt, RewardModel, Scores
 
 
 def score_in_batches(reward: RewardModel, images: Tensor, prompts: Sequence[Prompt], rows: int) -> Scores:
-    """Scored in the batches the images were drawn in, since rounding depends on the batch shape."""
+    """The scores, computed in batches of the size the images were sampled in, since rounding depends on the batch shape."""
     return Scores.cat([reward(images[i : i + rows], prompts[i : i + rows]) for i in range(0, len(images), rows)])
 
 

@@ -1,4 +1,4 @@
-"""The role that learns: rollouts and credit into items, and items into updates."""
+"""The role that learns: rollouts and credit to items, and items to updates."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from runtime.roles.memory import PeakMemory
 
 @dataclass(frozen=True)
 class Update:
-    """What one training step did."""
+    """The result of one training step."""
 
     metrics: Mapping[str, float]
     with_gradient: int
-    """network evaluations with gradient, one for each sample; guidance counts twice"""
+    """network evaluations with gradient, counted per sample; guidance counts twice"""
     without: int
-    """and without"""
+    """network evaluations without gradient, counted in the same way"""
 
 
 class Counted:
-    """A network that counts its evaluations, one for each sample: with gradient, and without."""
+    """A network that counts its evaluations per sample, with gradient and without."""
 
     def __init__(self, predict: Predict) -> None:
         self.predict = predict
@@ -66,7 +66,7 @@ class Counted:
 
 
 class Trainer:
-    """Makes items of rollouts, and learns from them."""
+    """Turns rollouts into items, and learns from them."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Trainer:
 
     def judge(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Decoder and trained rewards, with gradient; latents [B, ...] -> Scores over B."""
-        assert self.reward is not None, "an objective that calls the judge says so by its config's needs_reward_gradient"
+        assert self.reward is not None, "an objective that calls the judge has needs_reward_gradient = True in its config"
         self.memory.enter("reward")
         scores = self.reward(self.generator.decode(latents), prompts)
         self.memory.enter("forward")
@@ -148,5 +148,5 @@ class Trainer:
         return Update(metrics, self.counted.with_gradient - before[0], self.counted.without - before[1])
 
     def read(self) -> dict[str, AdapterWeights]:
-        """Every adapter, as samplers take them."""
+        """Every adapter, in the form that samplers take."""
         return {name: self.generator.adapters.read(name) for name in self.generator.adapters.names}

@@ -1,1 +1,1 @@
-"""One run: launch, the loop, and its folder, signals and trackers. Knows no algorithm and no Ray."""
+"""One run: launch, the loop, its folder, signals and trackers. Knows no algorithm and no Ray."""

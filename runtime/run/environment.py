@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, git revision, hashes of the weights."""
+"""The environment of a run: versions, hardware, git revision, hashes of the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def environment(weights: dict[str, str], prompts: dict[str, str]) -> dict[str, Any]:
-    """weights, prompts: {what: sha256}. Packages that are not installed are left out."""
+    """weights, prompts: {what: sha256}. Packages that are not installed are omitted."""
     import torch
 
     return {

@@ -1,12 +1,12 @@
-"""A run is a folder. Everything a run writes goes through here; nothing in it is ever overwritten silently.
+"""A run is a folder. A run writes only through this module, and nothing is overwritten silently.
 
-    experiment.yaml    every key as it ran               environment.json   versions, hardware, git revision, weights
-    metrics.jsonl      one object a line, steps 1..N      events/            TensorBoard
-    samples/           one folder an evaluation           checkpoints/       one folder each, written whole or not at all
+    experiment.yaml    every key with its value          environment.json   versions, hardware, git revision, weights
+    metrics.jsonl      one object per step, 1..N          events/            TensorBoard
+    samples/           one folder per evaluation          checkpoints/       one folder each, complete or absent
     export/            exported adapters                  report.html        the curves
 
-A step's metrics line is written before its checkpoint, so that after a cut the lines past the newest checkpoint are those of
-steps that will be run again.
+A step's metrics line is written before its checkpoint, so after an interruption the lines after the newest checkpoint are
+those of steps that will be run again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runtime.experiment.config import InputError, Section
 from runtime.experiment.yaml import write_experiment
 
 MAY_CHANGE = ("run.steps", "run.trackers")
-"""Keys that may differ when an old folder is continued: steps may grow, trackers may change."""
+"""Keys that may differ when a run is continued: steps may grow, trackers may change."""
 
 
 class RunFolder:
@@ -39,16 +39,16 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. Raises InputError if another one holds it, or if it cannot be written to.
+        """Lock the folder for this process. Raises InputError if another process has locked it, or if it cannot be written.
 
-        A new folder that turns out to hold no run, because the input was wrong, is removed again, if it holds nothing else.
+        If the input is invalid, a folder that was created here is removed again, unless it holds other files.
         """
         new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be a run's folder: {error.strerror}") from None
+            raise InputError(f"{self.path}: cannot be used as a run's folder: {error.strerror}") from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,10 +58,10 @@ class RunFolder:
                 yield
             except InputError:
                 if new and not self.metrics_file.exists():
-                    self._withdraw(new)
+                    self._remove_new(new)
                 raise
 
-    def _withdraw(self, folders: Sequence[Path]) -> None:
+    def _remove_new(self, folders: Sequence[Path]) -> None:
         for name in (".lock", "experiment.yaml", "environment.json"):
             (self.path / name).unlink(missing_ok=True)
         for folder in folders:
@@ -70,9 +70,9 @@ class RunFolder:
             folder.rmdir()
 
     def claim(self, experiment: Section) -> None:
-        """Write the experiment into a new folder, or check that an old one ran the same. Raises InputError if not.
+        """Write the experiment into a new folder, or check that an existing one ran the same. Raises InputError if not.
 
-        An old folder is changed by `keep` only, once nothing can be found wrong any more.
+        An existing folder is changed by `keep` only, after all other checks have passed.
         """
         file = self.path / "experiment.yaml"
         if file.exists():
@@ -87,7 +87,7 @@ class RunFolder:
             return
         if foreign := [name for name in ("metrics.jsonl", "checkpoints") if (self.path / name).exists()]:
             raise InputError(
-                f"{self.path}: has {foreign[0]} but no experiment.yaml, so it is no run of ours. Give another --run-dir"
+                f"{self.path}: has {foreign[0]} but no experiment.yaml, so it is not an Odeon run. Give another --run-dir"
             )
         self.keep(experiment)
 
@@ -96,7 +96,7 @@ class RunFolder:
             write_experiment(experiment, temporary)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Raises ValueError for a number that is not finite: an unknown value is left out, never NaN."""
+        """Raises ValueError for a number that is not finite: unknown values are omitted, never NaN."""
         if bad := [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]:
             raise ValueError(f"step {line['step']}: {bad[0]} is {line[bad[0]]}")
         with self.metrics_file.open("a") as file:
@@ -105,7 +105,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a cut left unfinished is not one."""
+        """All complete lines; an interruption may leave an incomplete one, which is ignored."""
         if not self.metrics_file.exists():
             return []
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -117,7 +117,7 @@ class RunFolder:
             temporary.write_text("".join(kept))
 
     def checkpoints(self) -> dict[int, Path]:
-        """{step: folder} of the whole ones, oldest first."""
+        """{step: folder} of the complete checkpoints, oldest first."""
         found = {}
         for path in (self.path / "checkpoints").glob("step_*"):
             if match := re.fullmatch(r"step_(\d+)", path.name):
@@ -126,7 +126,7 @@ class RunFolder:
 
     @contextmanager
     def new_checkpoint(self, step: int) -> Iterator[Path]:
-        """An empty folder that becomes checkpoints/step_N when the block ends well, and vanishes when it does not."""
+        """An empty folder that becomes checkpoints/step_N only if the block ends without an error."""
         final = self.path / "checkpoints" / f"step_{step:06d}"
         partial = final.with_name(f"partial_{step:06d}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -139,7 +139,7 @@ class RunFolder:
         os.replace(partial, final)
 
     def prune_checkpoints(self, keep: int, best: int | None) -> None:
-        """Keep the newest `keep` and the best, and nothing that a cut left half written or half removed."""
+        """Keep the newest `keep` and the best; remove the others, and what an interruption left incomplete."""
         found = self.checkpoints()
         for step in list(found)[:-keep]:
             if step != best:
@@ -150,16 +150,16 @@ class RunFolder:
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """A path beside the file that takes its place when the block ends well, so that nobody ever sees half a file."""
+    """A temporary path that replaces the file when the block ends without an error, so that no reader sees a partial file."""
     temporary = file.with_suffix(".tmp")
     yield temporary
     os.replace(temporary, file)
 
 
 def _with_defaults(raw: dict[str, Any], section: type[Section]) -> dict[str, Any]:
-    """With the keys that came after this file was written: their defaults do what was done before there was a key.
+    """Adds the keys that are newer than this file; their defaults give the behaviour from before they existed.
 
-    A file that is no such section any more stays as it is; comparing then names what differs.
+    A file that is no longer valid is returned unchanged; the comparison then names what differs.
     """
     try:
         return section.model_validate(raw, context={"allow_code": True}).model_dump(mode="json")

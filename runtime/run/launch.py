@@ -1,4 +1,4 @@
-"""`odeon launch`: from a YAML file to a finished run, with everything checked before anything heavy starts."""
+"""`odeon launch`: from a YAML file to a finished run. Everything is checked before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def launch_experiment(
     allow_code: bool = False,
     profile: int = 0,
 ) -> int:
-    """The exit code: 0, or 128 + the signal that stopped the run. profile: how many steps to trace, 0 for none."""
+    """The exit code: 0, or 128 + the signal that stopped the run. profile: number of steps to trace, 0 for none."""
     if profile and executor != "inline":
-        raise InputError(f"--profile {profile}: traces this process, so it needs --executor inline, got {executor!r}")
+        raise InputError(f"--profile {profile}: needs --executor inline, got {executor!r}")
     if executor not in EXECUTORS:
         raise InputError(f"--executor {executor!r}: is not known{nearest(executor, EXECUTORS)}")
     if address.startswith("ray://"):
-        raise InputError(f"--ray {address!r}: run the command on the cluster, as with `ray job submit`, with --ray auto")
+        raise InputError(
+            f"--ray {address!r}: not supported; run the command on the cluster, with `ray job submit` and --ray auto"
+        )
     experiment = read_experiment(file, overrides, allow_code=allow_code)
     train, heldout, generator = check_inputs(experiment, executor)
     if dry_run:
@@ -55,7 +57,7 @@ def launch_experiment(
         folder.claim(experiment)
         done, steps = max(folder.checkpoints(), default=0), experiment.run.steps
         if done >= steps:
-            print(f"{folder.path} has run its {steps} steps")
+            print(f"{folder.path}: all {steps} steps are done")
             return 0
         record_environment(experiment, folder, train, heldout, {})
         roles = new_executor(experiment, executor, address)
@@ -75,9 +77,9 @@ def launch_experiment(
 def record_environment(
     task: Task, folder: RunFolder, train: Sequence[Prompt], heldout: Sequence[Prompt], more: Mapping[str, Path]
 ) -> None:
-    """environment.json, what the run began with. more: further {name: file or folder} whose hashes it records.
+    """Writes environment.json at the start of a run. more: additional {name: file or folder} whose hashes are recorded.
 
-    Raises InputError if weights or prompts have changed since then: it would be another run.
+    Raises InputError if weights or prompts have changed since the start of an existing run.
     """
     from runtime.run.environment import environment
 
@@ -89,10 +91,10 @@ def record_environment(
         with replaced(file) as temporary:
             temporary.write_text(json.dumps(now, indent=2))
         return
-    began = json.loads(file.read_text())
+    at_start = json.loads(file.read_text())
     for kind in ("weights", "prompts"):
-        if changed := sorted(name for name, value in now[kind].items() if began[kind].get(name) != value):
-            raise InputError(f"{', '.join(changed)}: the {kind} have changed since this run began. Give another --run-dir")
+        if changed := sorted(name for name, value in now[kind].items() if at_start[kind].get(name) != value):
+            raise InputError(f"{', '.join(changed)}: the {kind} have changed since this run started. Give another --run-dir")
 
 
 def new_executor(experiment: Experiment, kind: str, address: str) -> Executor:

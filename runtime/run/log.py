@@ -1,4 +1,4 @@
-"""What a run writes of its steps: metrics.jsonl, the trackers, the terminal, and report.html."""
+"""Where a run logs its steps: metrics.jsonl, the trackers, the terminal, and report.html."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from runtime.run.folder import RunFolder
 from runtime.run.tracking import trackers
 
 Show = Callable[[Mapping[str, Any]], None]
-"""Gets a step's metrics and shows them to the user."""
+"""Called with a step's metrics; shows them to the user."""
 
 
 class RunLog:
-    """Open for the steps that are left; used as a context manager."""
+    """A context manager that is open while the remaining steps run."""
 
     def __init__(self, task: Task, folder: RunFolder, done: int, show: Show) -> None:
         """done: the step the run continues from."""

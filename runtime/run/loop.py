@@ -1,8 +1,8 @@
 """The run: sample, score, credit, learn, publish; at intervals evaluate and checkpoint. Knows no algorithm and no Ray.
 
 A step, numbered from 1, is a pure function of the experiment, its number, and the adapters and optimisers before it:
-prompts, seeds and draws follow from the run's seed. So a run that was interrupted continues from its newest checkpoint and ends
-as one that was not, to the last bit.
+prompts, seeds and random choices depend on the run's seed. So an interrupted run continues from its newest checkpoint and gives
+the same result as an uninterrupted one, to the last bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from runtime.run.signals import signals_noted
 
 @dataclass
 class Progress:
-    """What a run has to remember beside its adapters; a checkpoint's state.json."""
+    """The state of a run other than adapters and optimisers; a checkpoint's state.json."""
 
     step: int = 0
     seconds: float = 0.0
@@ -51,7 +51,7 @@ def run(
     heldout: Sequence[Prompt],
     show: Callable[[Mapping[str, Any]], None],
 ) -> int | None:
-    """Run the steps that are left; the signal number if one stopped it. `show` gets every step's metrics."""
+    """Run the remaining steps; returns the signal number if one stopped the run. show: called with every step's metrics."""
     progress, last = resume(folder, executor), experiment.run.steps
     if progress.step >= last:
         return None
@@ -93,19 +93,19 @@ def run(
                 line |= evaluate(experiment, folder, executor, groups, teacher, step, progress)
             progress.step, progress.seconds = step, time.monotonic() - started
             log.write({"step": step, "seconds": progress.seconds, **line, "nfe/teacher": progress.nfe_teacher})
-            stopping = bool(stopped)  # read once: a run that stops here has been checkpointed here
+            stopping = bool(stopped)  # read once, so that a run that stops here has a checkpoint of this step
             if "heldout/total" in line or stopping:
                 log.report()
-            hacked = experiment.watch.stop_on_hacking and "hacking" in line
-            if not hacked and (stopping or is_worth_keeping(experiment, line, progress)):
+            suspected = experiment.watch.stop_on_hacking and "hacking" in line
+            if not suspected and (stopping or gets_checkpoint(experiment, line, progress)):
                 checkpoint(experiment, folder, executor, progress)
-            if stopping or hacked:
+            if stopping or suspected:
                 break
     return stopped[0] if stopped else None
 
 
 def work_of_step(experiment: Experiment, objective: Objective, train: Sequence[Prompt], step: int) -> Work:
-    """A step's groups, and the version that draws them: the one before the step, or `staleness` versions earlier."""
+    """A step's groups, and the version that samples them: the one before the step, or `staleness` versions earlier."""
     plan = objective.plan(step, experiment.rollouts.steps)
     prompts = prompts_of_step(train, step, experiment.rollouts.groups_per_step, experiment.seed)
     groups = seed_groups(prompts, plan.group_size, experiment.seed, step)
@@ -113,7 +113,7 @@ def work_of_step(experiment: Experiment, objective: Objective, train: Sequence[P
 
 
 def credit_of(objective: Objective, scores: Scores, group_size: int, rewards: RewardsSection) -> Tensor:
-    """The objective's credit [B] of all groups of a step, from scores that are standardised first if the experiment asks."""
+    """The objective's credit [B] of all groups of a step, from scores that are standardised first if the experiment says so."""
     if rewards.multi_objective_aggregation == "normalize_then_sum":
         weights = {entry["label"]: entry["weight"] for entry in rewards.train}
         total = normalized_then_summed(scores.parts, weights, group_size)
@@ -132,8 +132,8 @@ def times(clock: Sequence[float], workers: Mapping[str, float]) -> dict[str, flo
     }
 
 
-def is_worth_keeping(experiment: Experiment, line: Mapping[str, Any], progress: Progress) -> bool:
-    """Whether the step gets a checkpoint. With stop_on_hacking only evaluations without suspicion do."""
+def gets_checkpoint(experiment: Experiment, line: Mapping[str, Any], progress: Progress) -> bool:
+    """Return whether the step gets a checkpoint; with stop_on_hacking only evaluations without suspicion do."""
     if experiment.watch.stop_on_hacking:
         return "heldout/total" in line and "hacking" not in line
     step, run = progress.step, experiment.run
@@ -149,7 +149,7 @@ def evaluate(
     step: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The metrics of an evaluation, with its image grid written."""
+    """The metrics of an evaluation; writes its image grid."""
     result = executor.evaluate(groups, evaluated_adapter(experiment))
     progress.nfe_teacher += result.nfe
     line = evaluation_metrics(experiment, result, teacher)
@@ -167,7 +167,7 @@ def checkpoint(experiment: Experiment, folder: RunFolder, executor: Executor, pr
 
 
 def resume(folder: RunFolder, executor: Executor) -> Progress:
-    """Back to the newest checkpoint; metrics of later steps are dropped, since those steps will be run again."""
+    """Load the newest checkpoint; metrics of later steps are removed, since those steps will be run again."""
     checkpoints = folder.checkpoints()
     if not checkpoints:
         folder.rewind_metrics(0)

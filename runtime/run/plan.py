@@ -1,4 +1,4 @@
-"""The dry run: the whole experiment, and what a step asks of the network and the run of the memory."""
+"""The dry run: the complete experiment, and estimates of a step's network evaluations and the run's memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from runtime.experiment.config import Experiment, new_objective
 from runtime.roles.build import roles_of_adapters
 
 OTHERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
-"""A pipeline folder's networks beside the transformer."""
+"""The networks of a pipeline folder other than the transformer."""
 
 
 def plan_text(experiment: Experiment, executor: str, generator: Outline) -> str:
-    """What `odeon launch --dry-run` prints. Counts are for the first step's plan, and upper bounds."""
+    """The output of `odeon launch --dry-run`. Counts are upper bounds, for the plan of the first step."""
     rollouts = experiment.rollouts
     objective = new_objective(experiment)
     plan = objective.plan(1, rollouts.steps)

@@ -1,4 +1,4 @@
-"""What a user sees of a run while it goes on, and the trace of its steps."""
+"""Progress of a run in the terminal, and profiler traces of its steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from runtime.run.log import Show
 
 @contextmanager
 def profiled(steps: int, left: int, file: Path, show: Show) -> Iterator[Show]:
-    """Trace `steps` steps into a file for chrome://tracing or perfetto, and print which.
+    """Trace `steps` steps into a file for chrome://tracing or Perfetto, and print which steps.
 
-    The first of the `left` steps of this launch, a warm-up, is traced only where it is the only one. A run that ends earlier
-    leaves the trace of the steps it has done.
+    The first of the `left` steps of this launch, a warm-up, is traced only if it is the only one. A run that ends earlier
+    writes the trace of the steps it has done.
     """
     profiler = torch.profiler.profile()
     traced: list[int] = []
@@ -61,7 +61,7 @@ def profiled(steps: int, left: int, file: Path, show: Show) -> Iterator[Show]:
 
 @contextmanager
 def reporter(steps: int) -> Iterator[Show]:
-    """A progress bar in a terminal, a plain line for each step elsewhere."""
+    """A progress bar in a terminal, otherwise a plain line for each step."""
     started, first, heldout = time.monotonic(), 0, ""
 
     def text(line: Mapping[str, Any]) -> str:
@@ -70,17 +70,17 @@ def reporter(steps: int) -> Iterator[Show]:
         left = (time.monotonic() - started) / (line["step"] - first + 1) * (steps - line["step"])
         if "heldout/total" in line:
             heldout = f"  held-out {line['heldout/total']:.3f} (teacher {line['heldout/base/total']:.3f})"
-        # A step in which nothing could be trained has no reward of its own.
+        # A direct method's step without trained solver steps has no reward.
         reward = f"{line['reward/total']:.3f}" if "reward/total" in line else "-"
         return f"step {line['step']}/{steps}  reward {reward}{heldout}  {left:.0f} s left"
 
-    def warn(line: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def warn(line: Mapping[str, Any], write: Callable[[str], None]) -> None:
         for name, share in line.items():
             if name.startswith(f"extra/{DROPPED}") and share > 0:
                 label = name.rpartition("/")[2]
-                say(f"step {line['step']}: {label} failed on {100 * share:.0f} % of the images; their groups are excluded")
+                write(f"step {line['step']}: {label} failed on {100 * share:.0f} % of the images; their groups are excluded")
         for suspicion in line.get("hacking", ()):
-            say(f"step {line['step']}: suspected reward hacking: {suspicion}")
+            write(f"step {line['step']}: suspected reward hacking: {suspicion}")
 
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
 

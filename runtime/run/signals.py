@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM: while steps run they end the run after the step under way, at all other times at once.
+"""SIGINT and SIGTERM: while steps run, a signal ends the run after the current step, at other times immediately.
 
-Either way the process ends with 128 + the signal's number, 130 or 143.
+In both cases the exit code is 128 + the signal's number, 130 or 143.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME = 1.0
-"""Seconds within which a second signal is the first one over again: some senders signal the process and then its group."""
+"""Seconds within which a second signal counts as the same one: some senders signal the process and then its group."""
 
 
 @contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """Both signals raise SystemExit, so that whatever is open is closed on the way out."""
+    """Both signals raise SystemExit, so that open resources are closed."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -31,9 +31,9 @@ def signals_end_the_process() -> Iterator[None]:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """A signal is noted for the loop to read; a later second one ends the process on the spot.
+    """A signal is recorded in the list, which the loop reads; a second one later ends the process immediately.
 
-    Where the signal also hit what the step under way needs, the step fails: that is no failure of the run.
+    If the signal also reached processes that the current step needs, the step fails; this does not count as a failure.
     """
     noted: list[int] = []
     first = 0.0
@@ -52,13 +52,13 @@ def signals_noted() -> Iterator[list[int]]:
         except Exception as error:
             if not noted:
                 raise
-            print(f"odeon: the step under way could not end ({type(error).__name__}); it will be run again", file=sys.stderr)
+            print(f"odeon: the current step could not finish ({type(error).__name__}); it will be run again", file=sys.stderr)
             raise SystemExit(128 + noted[0]) from None
 
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Whatever the block does to the handlers is undone after it; `ray.init` brings one of its own that exits with 15."""
+    """Restores the signal handlers after the block; `ray.init` installs one that exits with code 15."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -68,10 +68,10 @@ def signals_kept() -> Iterator[None]:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Signals wait for the end of the block, and do not reach the processes that it starts: they inherit this.
+    """Signals are blocked until the end of the block, and stay blocked in the processes that it starts, which inherit the mask.
 
-    Schedulers send SIGTERM to a whole process group. The cluster that Ray starts here is in it, and would be gone before the
-    step under way is done. The price: at the end Ray waits in vain for its processes to heed SIGTERM, 4 seconds in all.
+    Schedulers send SIGTERM to a whole process group, which includes the cluster that Ray starts here; it would end before the
+    current step is done. The cost: when the run ends, Ray waits 4 seconds for its processes, which ignore its SIGTERM.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

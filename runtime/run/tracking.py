@@ -1,4 +1,4 @@
-"""Extra places for the metrics, through accelerate's trackers. metrics.jsonl is always written; these come on top."""
+"""Trackers for the metrics, through accelerate. metrics.jsonl is always written; trackers are additional."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker whose package is not installed; packages are called as trackers are."""
+    """Raises ValueError for a tracker whose package is not installed; package and tracker have the same name."""
     for name in names:
         if find_spec(name) is None:
             raise ValueError(f"run.trackers = {name!r}: the package {name} is not installed")
@@ -20,14 +20,14 @@ def check_trackers(names: Sequence[str]) -> None:
 def trackers(
     names: Sequence[str], run_name: str, folder: Path, done: int
 ) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
-    """Opens them, and closes them however the block ends; yields what logs a step's line.
+    """Opens the trackers and closes them at the end of the block, also after an error; yields a function that logs a step.
 
-    done: the step the run goes on from. TensorBoard, which writes into the run folder's events/, drops later ones it has.
+    done: the step the run continues from. TensorBoard, which writes into the run folder's events/, removes later steps.
     """
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # the trackers ask it whether they are on the main process
+    PartialState()  # from which the trackers read whether this is the main process
     opened: list[Any] = []
     with ExitStack() as stack:
         for name in names:

@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests that need none of their own: starting and ending it takes longer than most of them."""
+"""One Ray cluster for all tests that can share it: starting and ending it takes longer than most of them."""
 
 import os
 

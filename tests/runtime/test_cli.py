@@ -1,4 +1,4 @@
-"""The command as people run it: exit codes, one line for a mistake, no folder left behind."""
+"""The command line: exit codes, one line for an error, no folder left after one."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_a_dry_run_prints_the_whole_experiment_and_leaves_nothing(tmp_path):
         (["describe", "neighbor_grop"], "neighbor_grpo"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, word):
+def test_an_error_is_one_line_and_exit_code_2(tmp_path, arguments, word):
     run_dir = ["--run-dir", tmp_path / "run"] if arguments[0] == "launch" else []
     result = odeon(*arguments, *run_dir)
     assert result.returncode == 2

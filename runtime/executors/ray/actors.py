@@ -25,14 +25,14 @@ from runtime.roles.sampler import Sampler
 from runtime.roles.trainer import Trainer, Update
 
 ATTEMPTS = 4
-"""How often a call is made before the run fails: one death a minute happens, four in a row are a bug."""
+"""Attempts of a call before the run fails: single failures are expected, four in a row are a bug."""
 
 
 class RayTransport:
-    """The way to a scorer that runs in an actor with another interpreter; a `Transport`."""
+    """A `Transport` to a scorer that runs in an actor with another interpreter."""
 
     def __init__(self, label: str) -> None:
-        # Found by name, not passed over: Ray cannot promise to keep a handle for a worker that is restarted.
+        # Found by name: a handle passed to a worker may be invalid after the worker is restarted.
         self._label = label
         self._host: Any = ray.get_actor(name_of_host(label))
         self.about: About = self._result(self._host.about.remote())
@@ -50,7 +50,7 @@ class RayTransport:
 
 
 class SamplerActor:
-    """A Sampler, and which version of the adapters it holds."""
+    """A Sampler, and the version of the adapters that it holds."""
 
     def __init__(self, experiment: Experiment) -> None:
         _quiet()
@@ -106,12 +106,12 @@ def isolated_entries(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 
 def name_of_host(label: str) -> str:
-    """Unique in a run; every run has a namespace of its own."""
+    """Unique within a run; every run has its own Ray namespace."""
     return f"reward {label}"
 
 
 def new_host(experiment: Experiment, entry: Mapping[str, Any], options: Mapping[str, Any], address: str) -> Any:
-    """An actor with the interpreter of the entry's environment that runs its scorer; Ray may repeat calls."""
+    """An actor that runs the entry's scorer with the interpreter of its environment; Ray may retry its calls."""
     strategy: Any = "DEFAULT" if address == "local" else NodeAffinitySchedulingStrategy(node_with(entry["env"]), soft=False)
     runtime_env = {"py_executable": str(python_of(entry["env"])), "env_vars": variables()}
     actor: Any = ray.remote(**options, max_restarts=-1, max_task_retries=ATTEMPTS)(EntryHost)

@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and what of it a process gets."""
+"""Starts or joins a Ray cluster, and divides its resources among the processes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def connect(address: str, processes: int) -> None:
     common: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     with signals_blocked(), signals_kept():
         if address == "local":
-            # Ray's default niceness for workers, 15, leaves a run hardly any time beside other work.
+            # Ray's default niceness for workers is 15, which starves a run on a machine with other load.
             os.environ.setdefault("RAY_worker_niceness", "0")
-            # Actors wait for each other, so more actors than cores do no harm: ask for as many slots as there are processes.
+            # Actors mostly wait for each other, so there may be more actors than cores: one slot for each process.
             ray.init(address="local", num_cpus=max(processes, os.cpu_count() or 1), include_dashboard=False, **common)
             return
         try:
@@ -34,12 +34,12 @@ def connect(address: str, processes: int) -> None:
 
 
 def resources(device: str, processes: int) -> Mapping[str, Any]:
-    """What each process asks of the cluster."""
+    """The resources of each process."""
     return {"num_cpus": 1, "num_gpus": gpus_of_a_process(device, processes)}
 
 
 def gpus_of_a_process(device: str, processes: int) -> float:
-    """A GPU for every process, or an equal share where there are fewer. Raises InputError for `cuda` without one."""
+    """A GPU for every process, or an equal share if there are fewer. Raises InputError for `cuda` on a cluster without GPUs."""
     have = ray.cluster_resources().get("GPU", 0)
     if device.startswith("cuda") and not have:
         raise InputError(f"run.device = {device!r}: the cluster has no GPU")
@@ -50,13 +50,13 @@ def gpus_of_a_process(device: str, processes: int) -> float:
 
 
 def node_with(env: str) -> str:
-    """The first node on which the environment can be used. Raises InputError where none can."""
+    """The first node on which the environment can be used. Raises InputError if there is none."""
     problems = []
-    look = ray.remote(problem_with)
+    check = ray.remote(problem_with)
     for node in ray.nodes():
         if node["Alive"]:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            problem = ray.get(look.options(num_cpus=0, scheduling_strategy=here).remote(env))
+            problem = ray.get(check.options(num_cpus=0, scheduling_strategy=here).remote(env))
             if problem is None:
                 return node["NodeID"]
             problems.append(f"{node['NodeManagerAddress']}: {problem}")
@@ -64,7 +64,7 @@ def node_with(env: str) -> str:
 
 
 def without_traceback(error: RayTaskError) -> Exception:
-    """A reward's error, or the learner's about its numbers, without the worker's traceback around it; any other as it is."""
+    """A RewardError or FloatingPointError without the worker's traceback; any other error unchanged."""
     for kind in (RewardError, FloatingPointError):
         if isinstance(error.cause, kind):
             return kind(str(error.cause))

@@ -1,10 +1,10 @@
 """The Ray executor: one learner and `rollouts.workers` samplers, each in a process of its own.
 
 The loop's process, the controller, owns every reference and creates every actor, so that all end with it. It holds numbers and
-references, never images or latents. Workers that die are restarted by Ray, but their calls are made again here, not by Ray:
-a restarted worker does not hold the policy, and Ray's own retry would sample from it silently. So every call carries the
-version it wants and the weights of it, and the same groups and seeds give the same result wherever and however often they are
-drawn.
+references, never images or latents, except for the image grid of an evaluation. Workers that die are restarted by Ray, but
+their calls are repeated here, not by Ray: a restarted worker does not hold the policy, and Ray's own retry would sample without
+it silently. So every call carries the version it needs and a reference to its weights, and the same groups and seeds give the
+same result on any worker and in any attempt.
 
 The learner is not restarted. When it dies the run fails, and the same command continues from the newest checkpoint.
 """
@@ -33,11 +33,11 @@ from runtime.experiment.config import Experiment
 from runtime.roles.trainer import Update
 
 BACK_OFF = 1.0
-"""Seconds between two checks whether a worker is up again."""
+"""Seconds between two checks of a restarting worker."""
 LONGEST_START = 1800.0
-"""Seconds for a worker to come up again: for its networks to load."""
+"""Seconds for a worker to restart and load its networks."""
 MOST_DEAD = 10
-"""A worker that is reported dead, not just unavailable, this many times in a row will not come back."""
+"""A worker reported dead, not just unavailable, this many times in a row is considered lost."""
 
 
 class RayExecutor:
@@ -48,7 +48,7 @@ class RayExecutor:
         processes = workers + 1 + len(isolated)
         connect(address, processes)
         options = resources(experiment.run.device, processes)
-        # Kept, because they end with the last reference to them.
+        # Kept: Ray ends an actor with the last reference to it.
         self._hosts = [new_host(experiment, entry, options, address) for entry in isolated.values()]
         # Handles are Any: their methods are created at run time.
         trainer: Any = ray.remote(**options)(TrainerActor)
@@ -56,7 +56,7 @@ class RayExecutor:
         sampler: Any = ray.remote(**options, max_restarts=-1, max_task_retries=0)(SamplerActor)
         self._samplers: list[Any] = [sampler.remote(experiment) for _ in range(workers)]
         self._weights: dict[int, Any] = {}
-        """{version: reference}; as many versions as rollouts may be behind"""
+        """{version: reference}; the newest version and as many older ones as `staleness` allows"""
         self._requested: dict[int, _Calls] = {}
         self._most = ray.get([sampler.most.remote() for sampler in self._samplers])[0]
         ray.get(self._trainer.ready.remote())
@@ -78,7 +78,7 @@ class RayExecutor:
             raise without_traceback(error) from None
 
     def publish(self, version: int) -> None:
-        # Returned by the learner, not put by it, so that the controller owns it and it outlives the learner.
+        # A return value, not the learner's `ray.put`, so that the controller owns the object and it outlives the learner.
         reference = self._trainer.read.remote()
         ray.wait([reference], fetch_local=False)
         self._weights[version] = reference
@@ -107,10 +107,10 @@ class RayExecutor:
 
 
 class _Calls:
-    """One call for each sampler, made at once; calls whose sampler died or hung are made again on the next sampler."""
+    """Concurrent calls, one for each sampler; a call whose sampler died or hung is repeated on the next sampler."""
 
     def __init__(self, samplers: Sequence[Any], method: str, calls: Sequence[tuple[Any, ...]], deadline: float, returns: int):
-        """deadline: seconds for all calls of an attempt. returns: how many references a call gives."""
+        """deadline: seconds for all calls of an attempt. returns: the number of references that a call returns."""
         self._samplers, self._method, self._calls = samplers, method, calls
         self._deadline, self._returns = deadline, returns
         self._done: dict[int, Any] = {}
@@ -138,7 +138,7 @@ class _Calls:
         return getattr(self._sampler(i), self._method).options(num_returns=self._returns).remote(*self._calls[i])
 
     def _wait(self) -> Exception | None:
-        """Wait for the attempt's calls; the last failure, if there was one."""
+        """Wait for the attempt's calls; returns the last failure, if any."""
         last: Exception | None = None
         for i, reference in self._pending.items():
             try:
@@ -156,9 +156,9 @@ class _Calls:
 
 
 def wait_for(sampler: Any) -> None:
-    """Until it is up again, which takes as long as its networks take to load; a restarting worker refuses calls.
+    """Wait until a restarted worker has loaded its networks; until then it refuses calls.
 
-    Raises RuntimeError for one that does not come up.
+    Raises RuntimeError if it does not come up.
     """
     end, dead = time.monotonic() + LONGEST_START, 0
     while time.monotonic() < end and dead < MOST_DEAD:
@@ -172,11 +172,11 @@ def wait_for(sampler: Any) -> None:
         except GetTimeoutError:
             break
         time.sleep(BACK_OFF)
-    raise RuntimeError("a rollout worker died or hung, and did not come up again")
+    raise RuntimeError("a rollout worker died or hung, and could not be restarted")
 
 
 def split(groups: Sequence[Group], parts: int, unit: int) -> list[Sequence[Group]]:
-    """Neighbouring groups in at most `parts` parts of nearly one size, each but the last a multiple of `unit` groups."""
+    """Consecutive groups in at most `parts` parts of nearly equal size, each a multiple of `unit` groups except the last."""
     units = -(-len(groups) // unit)
     bounds = [round(i * units / parts) * unit for i in range(parts + 1)]
     return [groups[a:b] for a, b in pairwise(bounds) if a < b]

@@ -1,4 +1,4 @@
-"""Tensors on their way through Ray's object store."""
+"""Conversion of tensors for Ray's object store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Stored:
-    """A tensor as Ray shares it without copies: a numpy array, which has no bfloat16."""
+    """A tensor as a numpy array, which Ray shares without copies; bfloat16, which numpy lacks, as int16."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -23,23 +23,23 @@ class _Stored:
         return self.array.shape
 
     def tensor(self) -> Tensor:
-        # A copy: the array is the store's own memory, and writing to it would change what others read.
+        # A copy: the array is in the store's memory, which other processes read.
         tensor = torch.from_numpy(self.array.copy())
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
 
 def to_store(value: Any) -> Any:
-    """The value with its tensors as numpy arrays, however deep in dataclasses, mappings and lists."""
+    """The value with its tensors as numpy arrays, recursively in dataclasses, dicts, lists and tuples."""
     return _mapped(value, Tensor, _Stored)
 
 
 def from_store(value: Any) -> Any:
-    """The way back; its tensors are copies, free to be written to."""
+    """The inverse of `to_store`; its tensors are writable copies."""
     return _mapped(value, _Stored, _Stored.tensor)
 
 
 def bytes_of(value: Any) -> int:
-    """How many bytes the tensors of a value hold, before or after `to_store`."""
+    """The bytes of a value's tensors, before or after `to_store`."""
     sizes: list[int] = []
 
     def add(tensor: Tensor | _Stored) -> Tensor | _Stored:

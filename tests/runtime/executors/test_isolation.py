@@ -42,8 +42,10 @@ def images():
 
 
 def test_it_is_another_interpreter(twin):
-    asked = subprocess.run([python_of(twin), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True)
-    assert asked.stdout.strip() == twin != sys.prefix
+    printed = subprocess.run(
+        [python_of(twin), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == twin != sys.prefix
     assert problem_with(twin) is None
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with an experiment is found before a network is loaded, and said in one line."""
+"""Invalid experiments are refused before a network is loaded, with one line."""
 
 import hashlib
 from pathlib import Path
@@ -26,14 +26,14 @@ QUICKSTART = Path(__file__).parents[3] / "experiments" / "quickstart.yaml"
         ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyph-clip'}]", "did you mean 'glyphs-clip'"),
         ("rewards.heldout=[{name: clip_score, weights: 'embedded:glyphs'}]", "no config.json"),
         ("run.trackers=[wandb]", "run.trackers = 'wandb': the package wandb is not installed"),
-        ("run.device=cuda:3", "run: device 'cuda:3': this torch sees no GPU here"),
+        ("run.device=cuda:3", "run: device 'cuda:3': torch finds no GPU"),
         ("prompts.train=no/such.txt", "no/such.txt"),
         ("prompts.heldout=ONE", "has one prompt; at least 2 are needed"),
         ("prompts.train=OTHER", "rewards: reward glyph_match, prompt 'a portrait of a cat': "),
         ("prompts.heldout=OTHER", "rewards: reward glyph_match, prompt 'a portrait of a cat': "),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_it(override, words, tmp_path, monkeypatch):
+def test_an_error_is_one_line_that_names_the_key(override, words, tmp_path, monkeypatch):
     monkeypatch.setattr("runtime.run.tracking.find_spec", lambda name: None if name == "wandb" else name)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "one.txt").write_text("a red circle")
@@ -46,7 +46,7 @@ def test_what_is_wrong_is_one_line_that_names_it(override, words, tmp_path, monk
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_right_comes_back(tmp_path):
+def test_the_checks_return_prompts_and_outline(tmp_path):
     train, heldout, outline = check_inputs(read_experiment(QUICKSTART), "inline")
     assert (len(train), len(heldout)) == (2000, 200)
     rank, layers = shape_of_adapter(read_experiment(QUICKSTART, ["lora.targets=attn"]), outline)
@@ -65,7 +65,7 @@ def test_what_is_right_comes_back(tmp_path):
     assert (rank, set(layers)) == (2, set(whole.adapters.lora("policy").modules))
 
 
-def test_what_a_run_depends_on_is_found(tmp_path):
+def test_the_files_of_a_run(tmp_path):
     (tmp_path / "head.pth").write_bytes(b"x")
     judge = "{name: vlm_judge, url: 'http://localhost:8000/v1', model: docs, max_requests: 1}"
     rewards = f"rewards.heldout=[{{name: clip_score, weights: 'embedded:glyphs-clip'}}, {judge}]"
@@ -82,15 +82,15 @@ def test_what_a_run_depends_on_is_found(tmp_path):
     assert weights_hash(tmp_path / "head.pth") == hashlib.sha256(b"x").hexdigest()
 
 
-def test_the_digest_sees_text_order_and_columns():
+def test_the_digest_depends_on_text_order_and_columns():
     one, other = Prompt("1", "a", {"wish": 1}), Prompt("2", "b", {})
     assert digest([one, other]) != digest([other, one])
     assert digest([one]) != digest([Prompt("1", "a", {"wish": 2})])
     assert digest([one]) == digest([Prompt("1", "a", {"wish": 1})])
 
 
-def test_prompts_both_trained_on_and_held_out_are_told(capsys):
+def test_warnings_about_shared_prompts_and_undetectable_hacking(capsys):
     check_inputs(read_experiment(QUICKSTART, ["prompts.heldout=embedded:glyphs/train", "rewards.heldout=[]"]), "ray")
-    told = capsys.readouterr().err
-    assert "2000 prompts are in prompts.train and prompts.heldout" in told
-    assert "nothing watches for reward hacking" in told
+    printed = capsys.readouterr().err
+    assert "2000 prompts are in both prompts.train and prompts.heldout" in printed
+    assert "reward hacking cannot be detected" in printed

@@ -22,7 +22,7 @@ def test_the_quickstart_is_an_experiment():
     assert [entry["label"] for entry in experiment.rewards.heldout] == ["glyph_match", "clip_score"]
 
 
-def test_what_is_written_reads_back_the_same(tmp_path):
+def test_a_written_experiment_reads_back_equal(tmp_path):
     experiment = read_experiment(QUICKSTART, ["rewards.train.0.weight=2"])
     write_experiment(experiment, tmp_path / "experiment.yaml")
     assert read_experiment(tmp_path / "experiment.yaml") == experiment
@@ -72,7 +72,7 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path):
         ("[1, 2, 3]", ["not YAML"]),
     ],
 )
-def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(tmp_path, body, words):
+def test_an_error_is_one_line_with_the_key_the_value_and_what_is_allowed(tmp_path, body, words):
     with pytest.raises(InputError) as caught:
         read_experiment(changed(tmp_path, body))
     message = str(caught.value)
@@ -99,22 +99,22 @@ def test_an_override_that_cannot_be_applied_is_named(override):
         read_experiment(QUICKSTART, [override])
 
 
-def test_extends_in_a_circle_and_a_missing_file(tmp_path):
+def test_circular_extends_and_a_missing_file(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml")
     (tmp_path / "b.yaml").write_text("extends: a.yaml")
-    with pytest.raises(InputError, match="circle"):
+    with pytest.raises(InputError, match="circular"):
         read_experiment(tmp_path / "a.yaml")
     with pytest.raises(InputError, match=r"nothing\.yaml"):
         read_experiment(tmp_path / "nothing.yaml")
 
 
-def test_the_schema_knows_the_algorithms_knobs():
+def test_the_schema_has_the_algorithms_knobs():
     text = str(Experiment.model_json_schema())
     assert "perturbation" in text
     assert "neighbor_grpo" in text
 
 
-def test_a_heldout_reward_cannot_hide_behind_a_trained_label(tmp_path):
+def test_a_heldout_reward_cannot_reuse_a_trained_label(tmp_path):
     body = "rewards: {train: [{name: brightness, label: q}], heldout: [{name: symmetry, label: q}]}"
     with pytest.raises(InputError, match=r"another reward under the trained label 'q'"):
         read_experiment(changed(tmp_path, body))

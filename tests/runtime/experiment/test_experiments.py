@@ -1,4 +1,4 @@
-"""Every experiment that is shipped passes what `--dry-run` checks; those of real weights against a folder of their shape."""
+"""Every shipped experiment passes the checks of `--dry-run`; those with real weights on a folder of the same layout."""
 
 import json
 import struct
@@ -21,7 +21,7 @@ SD35 = [path for path in EXPERIMENTS if "sd35" in path.stem]
 
 @pytest.fixture(scope="module")
 def sd35_medium(tmp_path_factory):
-    """The configs of Stable Diffusion 3.5 medium, with weights that are all header: the zeros after it take no room."""
+    """The configs of Stable Diffusion 3.5 medium, with weights of which only the header is stored: the file is sparse."""
     folder = tmp_path_factory.mktemp("sd35-medium")
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(
@@ -55,14 +55,14 @@ def sd35_medium(tmp_path_factory):
     for name, tensor in transformer.state_dict().items():
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
         end += 2 * tensor.numel()
-    said = json.dumps(header).encode()
+    encoded = json.dumps(header).encode()
     with (folder / "transformer" / "diffusion_pytorch_model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(said)) + said)
-        file.truncate(8 + len(said) + end)
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
     return folder
 
 
-def test_there_is_an_experiment_of_each_kind():
+def test_experiments_of_each_kind_exist():
     names = {path.stem for path in EXPERIMENTS}
     assert {
         f"{method}_{what}"
@@ -72,7 +72,7 @@ def test_there_is_an_experiment_of_each_kind():
 
 
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path not in SD35], ids=lambda path: path.stem)
-def test_an_experiment_on_the_glyph_world_is_sound(path):
+def test_an_experiment_on_the_glyph_world_is_valid(path):
     experiment = read_experiment(path)
     train, _, generator = check_inputs(experiment, "ray")
     assert experiment.name == path.stem
@@ -81,7 +81,7 @@ def test_an_experiment_on_the_glyph_world_is_sound(path):
 
 
 @pytest.mark.parametrize("path", SD35, ids=lambda path: path.stem)
-def test_an_experiment_on_sd35_is_sound(path, sd35_medium, tmp_path):
+def test_an_experiment_on_sd35_is_valid(path, sd35_medium, tmp_path):
     checkpoint = tmp_path / "HPS_v2.1_compressed.pt"
     checkpoint.touch()
     from_hub = {

@@ -108,7 +108,7 @@ def test_the_table_shows_required_knobs_and_downloads(monkeypatch, tmp_path):
     assert weights["ocr"] == "in its package"
     assert weights["image_reward"] == "first use downloads THUDM/ImageReward, google-bert/bert-base-uncased"
     assert weights["aesthetic"] == "give head; first use downloads openai/clip-vit-large-patch14"
-    cache("xswu/HPSv2", "HPS_v2_compressed.pt")  # of the version that is not asked for
+    cache("xswu/HPSv2", "HPS_v2_compressed.pt")  # of the other version
     assert table()["hpsv2"]["weights"] == "first use downloads xswu/HPSv2, openai/clip-vit-large-patch14"
     cache("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     assert table()["hpsv2"]["weights"] == "in the cache: xswu/HPSv2; first use downloads openai/clip-vit-large-patch14"
@@ -139,7 +139,7 @@ def test_the_table_shows_which_rewards_need_more_than_the_core(monkeypatch):
     assert not packages & set(sys.modules), "asking must not import them"
 
 
-def test_nothing_of_the_table_is_cut_off(monkeypatch, capsys):
+def test_the_table_is_not_truncated(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         app(["rewards"])

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from runtime.experiment.config import InputError
-from runtime.finished.compare import _running_mean, abscissa, read_runs, summary, write_picture, write_report
+from runtime.finished.compare import _running_mean, abscissa, read_runs, summary, write_figure, write_report
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def run(tmp_path):
     return folder
 
 
-def test_summary_says_what_changed(run):
+def test_summary_has_first_and_last_values(run):
     (lines,) = read_runs([run]).values()
     assert summary("run", lines) == {
         "run": "run",
@@ -49,15 +49,15 @@ def test_the_axes(run):
     assert [abscissa(lines[0], axis) for axis in ("step", "seconds", "nfe")] == [1, 30.0, 110]
 
 
-def test_the_picture_shows_what_is_trained_and_what_is_held_out(run, tmp_path):
+def test_the_figure_shows_trained_and_held_out_rewards(run, tmp_path):
     assert _running_mean([1.0, 2.0, 6.0]) == [1.0, 1.5, 3.0]
     assert _running_mean([0.0] * 5 + [1.0] * 10)[-1] == 1.0
-    write_picture(read_runs([run]), tmp_path / "new" / "curve.svg")
+    write_figure(read_runs([run]), tmp_path / "new" / "curve.svg")
     text = (tmp_path / "new" / "curve.svg").read_text()
     for title in ("heldout/total", "reward/total"):
-        assert f"<!-- {title} -->" in text  # as matplotlib notes what its letters say
+        assert f"<!-- {title} -->" in text  # matplotlib's comment beside the glyphs of a text
     assert "<!-- loss -->" not in text
-    write_picture(read_runs([run]), tmp_path / "loss.png", metric="loss")
+    write_figure(read_runs([run]), tmp_path / "loss.png", metric="loss")
     assert Image.open(tmp_path / "loss.png").size == (440, 330)
 
 
@@ -73,7 +73,7 @@ def test_the_page_needs_no_network_and_escapes_names(run, tmp_path):
     assert "<b>run" not in page.split("<script>")[0]
 
 
-def test_two_runs_of_one_name_stay_apart_and_a_folder_without_a_run_is_named(run, tmp_path):
+def test_runs_of_equal_name_are_distinguished_and_a_folder_without_a_run_is_named(run, tmp_path):
     (tmp_path / "other").mkdir()
     run.rename(tmp_path / "other" / "x")
     (tmp_path / "x").mkdir()

@@ -1,4 +1,4 @@
-"""The learner on toys: a few weights and losses whose gradients are known."""
+"""The learner on toy problems: a few weights, and losses whose gradients are known."""
 
 import threading
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def test_a_metric_of_some_rows_counts_for_these_alone(micro_batch):
     assert "few" not in update(one, Rows(torch.tensor([1.0, 2.0])), loss=loss), "a mean of no row is left out"
 
 
-def test_without_items_nothing_moves():
+def test_without_items_nothing_is_updated():
     one = learner()
     metrics = update(one, ROWS[:0])
     assert metrics == {"loss": 0.0, "grad_norm": 0.0, "adapter_norm": pytest.approx(2**0.5)}
@@ -122,7 +122,7 @@ def test_schedules(schedule, warmup, rates):
 
 
 def test_updates_of_one_step_are_averaged_and_maxima_are_kept():
-    """Without a rule the last update's metrics would hide the others': a maximum of 5 became 0.1."""
+    """Reporting only the last update would give 0.1 here instead of the maximum 5."""
     one = learner(grad_clip=1e9, lr=1e-9)
     turns = [("policy", Rows(torch.tensor([5.0, 1.0]))), ("policy", Rows(torch.tensor([0.1])))]
     metrics = update(one, turns=turns)
@@ -182,7 +182,7 @@ def test_a_follower_moves_after_its_leader():
     assert value(one, "ema") == pytest.approx([0.975, 0.975])
 
 
-def test_a_follower_stays_while_its_leader_does():
+def test_a_follower_does_not_move_before_its_leader():
     one = learner(followers={"old": Follows("policy", 0.5), "critic_ema": Follows("critic", 0.5)}, others=["critic"])
     update(one)
     assert value(one, "critic_ema") == [1, 1]
@@ -229,7 +229,7 @@ def test_saved_and_loaded_it_continues_the_same(tmp_path, accumulation):
     ]
 
 
-def test_what_a_network_changes_by_itself_is_checkpointed(tmp_path):
+def test_buffers_of_a_network_are_checkpointed(tmp_path):
     def with_buffer(number):
         network = nn.BatchNorm1d(2)
         network.running_mean.fill_(number)

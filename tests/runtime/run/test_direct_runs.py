@@ -49,7 +49,7 @@ def run(request, tmp_path_factory):
     return request.param, go(direct(request.param), tmp_path_factory.mktemp("runs") / "whole")[0]
 
 
-def test_it_learns_and_says_what_it_did(run):
+def test_it_learns_and_logs_what_it_did(run):
     name, folder = run
     first, second = folder.metrics()
     for line in (first, second):
@@ -59,7 +59,7 @@ def test_it_learns_and_says_what_it_did(run):
         assert {"memory/forward", "memory/reward", "memory/backward"} <= line.keys()
         assert "reward/std" not in line, "a group of one has no spread"
     assert second["adapter_norm"] != first["adapter_norm"]
-    trained = {"drtune": 2, "refl": 1, "draft": 3, "draft_k": 4}  # recomputing counts, and so does noising again
+    trained = {"drtune": 2, "refl": 1, "draft": 3, "draft_k": 4}  # recomputed evaluations count, and those after noising again
     if name in trained:
         assert first["nfe/train"] == 5 * trained[name]
     assert "heldout/contrast" in second
@@ -77,7 +77,7 @@ def cut_at(step):
     return show
 
 
-def test_a_cut_run_continues_bit_for_bit(run, tmp_path):
+def test_an_interrupted_run_continues_bit_for_bit(run, tmp_path):
     name, whole = run
     with pytest.raises(Cut):
         go(direct(name), tmp_path / "cut", show=cut_at(1))
@@ -182,7 +182,7 @@ def test_micro_batches_change_rounding_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["draft_k", "alignprop"])
-def test_what_is_scored_is_the_sampler_s_own_picture(name):
+def test_the_scored_image_is_the_sampler_s_own(name):
     """Without early stop the judged image is the one that a plain solve of the trained policy draws."""
     trainer, generator = Trainer(direct(name)), load("embedded:glyphs")
     with torch.no_grad():
@@ -217,23 +217,23 @@ def test_what_is_scored_is_the_sampler_s_own_picture(name):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["rewards.train=[{name: glyph_match}]"], "rewards.train: glyph_match has no gradient, which drtune needs; with one: "),
+        (["rewards.train=[{name: glyph_match}]"], "rewards.train: glyph_match has no gradient, which drtune needs; "),
         (["rewards.multi_objective_aggregation=normalize_then_sum"], "needs groups of several images"),
     ],
 )
-def test_what_has_no_gradient_is_refused(overrides, words):
+def test_a_reward_without_gradient_is_refused(overrides, words):
     with pytest.raises(InputError) as caught:
         check_inputs(direct("drtune", *overrides), "inline")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     if "with one" in words:
-        named = str(caught.value).split("with one: ")[1]
+        named = str(caught.value).split("rewards with one: ")[1]
         assert "symmetry" in named
         assert "clip_score" in named
         assert "jpeg_size" not in named
 
 
-def test_a_watched_reward_needs_no_gradient():
+def test_a_held_out_reward_needs_no_gradient():
     check_inputs(direct("drtune", "rewards.train=[{name: symmetry}, {name: jpeg_size, weight: 0}]"), "inline")
 
 
@@ -246,7 +246,7 @@ def test_a_watched_reward_needs_no_gradient():
         ("{algorithm: drtune, anchors: 2}", "objective.anchors: unknown key (allowed: algorithm, detach_negative, draw,"),
         (
             "{algorithm: drtune, train_steps: 3, draw: prefix, early_stop: 0.7}",
-            "allowed are 1 to 2 with 3 solver steps, of which early_stop 0.7 may leave no more to draw from",
+            "allowed are 1 to 2 with 3 solver steps, since early_stop 0.7 may leave no more",
         ),
         ("{algorithm: dr_tune}", "did you mean 'drtune'"),
     ],
@@ -262,17 +262,17 @@ def test_the_plan_counts_evaluations_with_gradient():
     experiment = direct("drtune")
     _, _, generator = check_inputs(experiment, "inline")
 
-    def said(*overrides):
+    def plan(*overrides):
         return plan_text(direct("drtune", *overrides), "inline", generator)
 
-    assert "at most 30 network evaluations without gradient and\n#   10 with gradient" in said()
-    assert "at most 50 network evaluations without gradient and\n#   20 with gradient" in said("rollouts.solver=heun")
-    assert "at most 60 network evaluations without gradient and\n#   20 with gradient" in said("generator.guidance=2")
-    assert "at most 15 network evaluations without gradient" in said("objective.reference_weight=0")
+    assert "at most 30 network evaluations without gradient and\n#   10 with gradient" in plan()
+    assert "at most 50 network evaluations without gradient and\n#   20 with gradient" in plan("rollouts.solver=heun")
+    assert "at most 60 network evaluations without gradient and\n#   20 with gradient" in plan("generator.guidance=2")
+    assert "at most 15 network evaluations without gradient" in plan("objective.reference_weight=0")
 
 
 def test_the_peak_is_that_of_the_phase():
-    """In a process of its own: in one with much freed memory a new block need not make it grow."""
+    """In a new process: in one with much freed memory a new block may not increase the resident memory."""
     program = (
         "import json, torch; from runtime.roles.memory import PeakMemory; memory = PeakMemory(torch.device('cpu'));"
         "memory.enter('small'); memory.enter('large'); block = torch.ones(100 * 2**20 // 4); del block; memory.enter('small');"

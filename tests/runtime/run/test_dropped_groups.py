@@ -16,7 +16,7 @@ def mean(prompts, completions, log_metric, **columns):
     if "SUCH" in prompts[0]:
         raise OSError("gone")
     log_metric("length", len(prompts[0]))
-    return [sum(picture.convert("L").tobytes()) / 261120 for picture in completions]
+    return [sum(image.convert("L").tobytes()) / 261120 for image in completions]
 """
 
 

@@ -1,4 +1,4 @@
-"""The seams that coming methods need, each on a probe: it runs inline and under Ray with the same bits, and resumes."""
+"""The interfaces that further methods need, each on a probe: it runs inline and under Ray with the same bits, and resumes."""
 
 import inspect
 from pathlib import Path

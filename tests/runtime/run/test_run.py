@@ -1,4 +1,4 @@
-"""Whole runs on the glyph world, as small as they get: what they write, that they resume, and that Ray changes nothing."""
+"""Small whole runs on the glyph world: what they write, that they resume, and that Ray gives the same results."""
 
 import json
 import os
@@ -72,13 +72,13 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     folder, stopped = go(small(), tmp_path_factory.mktemp("runs") / "whole")
     assert stopped is None
     return folder
 
 
-def test_every_step_has_its_line_and_every_evaluation_its_figures(whole):
+def test_every_step_has_its_line_and_every_evaluation_its_metrics(whole):
     lines = whole.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
@@ -103,7 +103,7 @@ def test_every_step_has_its_line_and_every_evaluation_its_figures(whole):
 
 def test_network_evaluations_are_counted_per_image(whole):
     lines = whole.metrics()
-    # 2 groups of 4, 3 solver steps; 2 anchors and 2 trained steps of each group that has a signal; 6 held-out pictures a time
+    # 2 groups of 4, 3 solver steps; 2 anchors and 2 trained steps of each group with signal; 6 held-out images per evaluation
     assert [line["nfe/rollout"] for line in lines] == [24, 48, 72, 96]
     assert all(line["nfe/train"] % 4 == 0 for line in lines)
     assert [line["nfe/teacher"] for line in lines] == [18, 36, 36, 54]
@@ -141,7 +141,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("moment", ["request", "save", "update"])
-def test_a_run_cut_anywhere_continues_bit_for_bit(whole, tmp_path, moment, monkeypatch):
+def test_a_run_interrupted_anywhere_continues_bit_for_bit(whole, tmp_path, moment, monkeypatch):
     calls = []
 
     def dies(original):
@@ -163,7 +163,7 @@ def test_a_run_cut_anywhere_continues_bit_for_bit(whole, tmp_path, moment, monke
     assert adapter(folder, 4) == adapter(whole, 4)
 
 
-def test_a_finished_run_stays_as_it_is(whole):
+def test_a_finished_run_is_not_changed(whole):
     before = whole.metrics_file.read_bytes(), adapter(whole, 4)
     go(small(), whole.path)
     assert (whole.metrics_file.read_bytes(), adapter(whole, 4)) == before
@@ -224,20 +224,20 @@ def test_a_worker_that_hangs_is_replaced_at_the_deadline(whole, tmp_path, cluste
     assert same(folder, whole)
 
 
-def test_the_teacher_is_evaluated_once_in_the_life_of_a_run(tmp_path, monkeypatch):
-    asked = []
+def test_the_teacher_is_evaluated_once_per_run(tmp_path, monkeypatch):
+    evaluated = []
     original = InlineExecutor.evaluate
 
     def evaluate(self, groups, adapter):
-        asked.append(adapter)
+        evaluated.append(adapter)
         return original(self, groups, adapter)
 
     monkeypatch.setattr(InlineExecutor, "evaluate", evaluate)
     go(small("run.steps=2"), tmp_path / "run")
     folder, _ = go(small("run.steps=4"), tmp_path / "run")
-    assert asked == [None, "ema", "ema"]
+    assert evaluated == [None, "ema", "ema"]
     lines = [line for line in folder.metrics() if "heldout/total" in line]
-    assert [line["nfe/teacher"] for line in lines] == [36, 54]  # 3 prompts, 2 pictures, 3 steps
+    assert [line["nfe/teacher"] for line in lines] == [36, 54]  # 3 prompts, 2 images, 3 steps
     assert lines[0]["heldout/base/glyph_match"] == lines[1]["heldout/base/glyph_match"]
 
 
@@ -252,7 +252,7 @@ def test_tensorboard_has_a_rewound_step_once(tmp_path, monkeypatch):
     assert [event.step for event in events] == [1, 2, 3]
 
 
-def test_a_run_is_drawn_from_and_evaluated_with_fewer_steps_than_were_trained(whole, tmp_path):
+def test_a_run_is_sampled_and_evaluated_with_fewer_solver_steps(whole, tmp_path):
     sample_one(whole.path, "a red circle", 3, 1, False, tmp_path / "new" / "one.png")
     assert Image.open(tmp_path / "new" / "one.png").size == (32, 32)
     rewards = ["glyph_match, brightness", "{name: clip_score, label: again, weights: embedded:glyphs-clip}"]
@@ -279,14 +279,14 @@ def test_a_run_is_drawn_from_and_evaluated_with_fewer_steps_than_were_trained(wh
         ({"prompts": "no/such.txt"}, "no/such.txt"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_one_line(whole, change, words):
+def test_an_error_of_evaluate_is_one_line(whole, change, words):
     with pytest.raises(InputError) as caught:
         evaluate_run(whole.path, **{"prompts": None, "rewards": [], "steps": None, "solver": None} | change)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_code_named_in_an_experiment_runs_only_when_allowed(whole, tmp_path):
+def test_python_functions_run_only_when_allowed(whole, tmp_path):
     (tmp_path / "mine.py").write_text("def bright(images, prompts, **meta):\n    return images.mean((1, 2, 3))\n")
     rewards = [f"{{name: 'python:{tmp_path}/mine.py:bright'}}"]
     with pytest.raises(InputError, match="runs only with --allow-code"):
@@ -299,17 +299,17 @@ def test_code_named_in_an_experiment_runs_only_when_allowed(whole, tmp_path):
     assert read_experiment(QUICKSTART, [override], allow_code=True).rewards.heldout[0]["label"] == "bright"
 
 
-def test_a_run_stops_at_the_last_evaluation_that_looked_good(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr("runtime.evaluation.heldout.suspicions", lambda *_: ["it cheats"] if told else [])
+def test_a_run_stops_at_the_last_evaluation_without_suspicion(tmp_path, monkeypatch):
+    evaluations = []
+    monkeypatch.setattr("runtime.evaluation.heldout.suspicions", lambda *_: ["it cheats"] if evaluations else [])
 
     def show(line):
-        told.extend([line["step"]] * ("heldout/total" in line))
+        evaluations.extend([line["step"]] * ("heldout/total" in line))
 
     experiment = small("run.evaluate_every=2", "run.steps=6", "watch.stop_on_hacking=true")
     folder, stopped = go(experiment, tmp_path / "run", show=show)
     assert stopped is None
-    assert told == [2, 4]
+    assert evaluations == [2, 4]
     assert list(folder.checkpoints()) == [2]
     assert folder.metrics()[-1]["hacking"] == ["it cheats"]
     assert "quickstart: suspected reward hacking: it cheats" in (folder.path / "report.html").read_text()

@@ -32,18 +32,18 @@ def test_a_folder_belongs_to_one_process_at_a_time(folder):
     assert after == "got it\n"
 
 
-def test_an_old_folder_takes_the_same_experiment_more_steps_and_other_trackers(folder):
+def test_an_existing_folder_accepts_the_same_experiment_with_more_steps_and_other_trackers(folder):
     folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
     folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
     longer = read_experiment(QUICKSTART, ["run.steps=9", "run.trackers=[]"])
     folder.claim(longer)
-    folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))  # the longer one was refused for something else
+    folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))  # the longer run was refused for another reason
     folder.keep(longer)
     with pytest.raises(InputError, match=r"run\.steps = 5.*grow"):
         folder.claim(read_experiment(QUICKSTART, ["run.steps=5"]))
 
 
-def test_a_folder_from_before_a_key_goes_on_with_its_default_and_with_nothing_else(folder):
+def test_a_folder_older_than_a_key_continues_with_its_default_only(folder):
     folder.claim(read_experiment(QUICKSTART))
     file = folder.path / "experiment.yaml"
     raw = yaml.safe_load(file.read_text())
@@ -65,14 +65,14 @@ def test_another_experiment_is_refused_with_the_keys_that_differ(folder):
     assert (folder.path / "experiment.yaml").read_bytes() == before
 
 
-def test_a_folder_with_somebody_elses_metrics_is_left_alone(folder):
+def test_a_folder_with_foreign_metrics_is_not_changed(folder):
     folder.metrics_file.write_text("theirs")
     with pytest.raises(InputError, match=r"metrics\.jsonl but no experiment\.yaml"):
         folder.claim(read_experiment(QUICKSTART))
     assert folder.metrics_file.read_text() == "theirs"
 
 
-def test_a_new_folder_without_a_run_goes_away_and_an_old_one_stays(tmp_path):
+def test_a_new_folder_without_a_run_is_removed_and_an_old_one_stays(tmp_path):
     new, old = RunFolder(tmp_path / "new"), RunFolder(tmp_path / "old")
     old.path.mkdir()
 
@@ -101,14 +101,14 @@ def test_a_new_folder_without_a_run_goes_away_and_an_old_one_stays(tmp_path):
     assert [path.name for path in nested.path.iterdir()] == ["notes.txt"]
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("theirs")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match="cannot be a run's folder"), RunFolder(path).locked():
+        with pytest.raises(InputError, match="cannot be used as a run's folder"), RunFolder(path).locked():
             pass
 
 
-def test_what_a_cut_left_of_a_checkpoint_is_cleared(folder):
+def test_incomplete_checkpoints_are_removed(folder):
     (folder.path / "checkpoints" / "partial_000001").mkdir(parents=True)
     for step in (2, 3, 4, 5):
         with folder.new_checkpoint(step) as path:
@@ -121,11 +121,11 @@ def test_what_a_cut_left_of_a_checkpoint_is_cleared(folder):
     ]
 
 
-def test_metrics_are_whole_lines_and_rewind(folder):
+def test_metrics_are_complete_lines_and_can_be_rewound(folder):
     for step in (1, 2, 3):
         folder.append_metrics({"step": step, "loss": 0.5})
     with folder.metrics_file.open("a") as file:
-        file.write('{"step": 4, "lo')  # a cut in the middle of a line
+        file.write('{"step": 4, "lo')  # interrupted in the middle of a line
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3]
     folder.rewind_metrics(2)
     assert folder.metrics_file.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
@@ -138,7 +138,7 @@ def test_numbers_that_are_not_finite_never_reach_the_file(folder, value):
     assert folder.metrics() == []
 
 
-def test_a_checkpoint_is_whole_or_not_there(folder):
+def test_a_checkpoint_is_complete_or_absent(folder):
     def cut():
         with folder.new_checkpoint(10) as path:
             (path / "policy.safetensors").write_text("half")

@@ -19,7 +19,7 @@ def test_outside_the_steps_a_signal_ends_the_process(number, code):
     assert caught.value.code == code
 
 
-def test_inside_the_steps_it_is_noted_and_the_old_handlers_come_back():
+def test_while_steps_run_it_is_recorded_and_the_old_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with signals_noted() as noted:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -27,7 +27,7 @@ def test_inside_the_steps_it_is_noted_and_the_old_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_step_that_the_signal_broke_is_no_failure(capsys):
+def test_a_step_broken_by_the_signal_is_not_a_failure(capsys):
     def step():
         with signals_noted():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -44,7 +44,7 @@ def test_without_a_signal_an_error_passes_through():
         raise ConnectionError
 
 
-def test_handlers_that_a_library_installs_are_undone():
+def test_handlers_of_a_library_are_removed():
     before = signal.getsignal(signal.SIGTERM)
     with signals_kept():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
