@@ -73,7 +73,7 @@ class Objective(Protocol):
     """
 
     adapters: Mapping[str, Trained | Follows] = MappingProxyType({"policy": Trained()})
-    """The LoRA adapters it uses; all start equal. The first trained one is evaluated, sampled from and exported."""
+    """The LoRA adapters it uses; all start equal. `policy`, which is trained, is evaluated, sampled from and exported."""
     networks: Mapping[str, nn.Module] = MappingProxyType({})
     """Other trained networks, such as a discriminator's heads. Trained adapters and networks are the players."""
     detach_negative: bool = False
@@ -108,8 +108,10 @@ class Objective(Protocol):
 
 
 def players_of(objective: Objective) -> list[str]:
-    """The names that `loss` is called with: trained adapters, then networks."""
-    return [*(name for name, role in objective.adapters.items() if isinstance(role, Trained)), *objective.networks]
+    """The names that `loss` is called with: the policy, other trained adapters, networks."""
+    trained = [name for name, role in objective.adapters.items() if isinstance(role, Trained)]
+    assert "policy" in trained, "an objective trains the adapter that is evaluated and exported"
+    return [*sorted(trained, key=lambda name: name != "policy"), *objective.networks]
 
 
 def adapter_names(objective: Objective) -> Sequence[str]:
