@@ -108,6 +108,8 @@ def _errors_of(section: str) -> Iterator[None]:
     """Turns ValueErrors inside the block into InputErrors that name this section of the experiment."""
     try:
         yield
+    except InputError:
+        raise
     except ValueError as error:
         message = str(error)
         raise InputError(message if message.startswith(section) else f"{section}: {message}") from None

@@ -108,7 +108,7 @@ def test_network_evaluations_follow_the_plan(whole):
 
 
 def test_settings_of_a_player_that_does_not_exist_are_refused():
-    with pytest.raises(InputError, match=r"optimizer\.players\.critc: .*did you mean 'critic'"):
+    with pytest.raises(InputError, match=r"^optimizer\.players\.critc: .*did you mean 'critic'"):
         check_inputs(experiment(players={"critc": AdamWSection()}), "inline")
 
 
