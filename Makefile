@@ -1,8 +1,8 @@
-# make quickstart  an experiment on the glyph world: reward curve, picture grids, exported LoRA (about 5 minutes on 2 cores)
+# make quickstart  an experiment on the glyph world: reward curves, image grids, exported LoRA (about 5 minutes on 2 cores)
 # make test        lint, format, types, tests (creates .venv if there is none)
-# make test-rewards  the same tests in a second environment, .venv-rewards, with everything of `make rewards`
-# make format      rewrite the files the way `make test` wants them
-# make rewards     what the rewards hpsv2 (backend: hpsv2) and image_reward need beside the rest
+# make test-rewards  the same tests in a second environment, .venv-rewards, which includes `make rewards`
+# make format      format the files as `make test` requires
+# make rewards     the packages that the rewards hpsv2 (backend: hpsv2), image_reward and ocr need in addition
 # make world       train the embedded glyph networks again (an hour or two on 2 cores)
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test test-rewards format rewards world clean
 .DELETE_ON_ERROR:
 
-# torch goes first and alone; see constraints.txt.
+# torch is installed first and alone; see constraints.txt.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
@@ -27,7 +27,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/odeon compare runs/quickstart --out runs/quickstart/curve.png
 	$(BIN)/odeon export runs/quickstart
 	@echo "curves    runs/quickstart/report.html, the main ones in runs/quickstart/curve.png"
-	@echo "pictures  runs/quickstart/samples/ (teacher above, trained below)"
+	@echo "images    runs/quickstart/samples/ (teacher above, trained below)"
 	@echo "LoRA      runs/quickstart/export/diffusers/"
 
 test: $(VENV)/dev-installed
@@ -44,8 +44,8 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# --no-deps: what these packages ask for would take protobuf, timm and pytest back by years; rewards/parts/compat.py lets them work with
-# present versions. pip then complains about what it was told to leave out; see requirements/rewards.txt.
+# --no-deps: the versions that these packages pin would downgrade protobuf, timm and pytest by years; rewards/parts/compat.py makes
+# them work with current versions. pip then warns about the missing dependencies; see requirements/rewards.txt.
 rewards: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[rewards]'
 	$(BIN)/pip install -q --no-deps -r requirements/rewards.txt

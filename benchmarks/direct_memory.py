@@ -1,11 +1,11 @@
-"""Peak memory of one update by the number of solver steps: DRTune beside full back-propagation, on the glyph teacher.
+"""Peak memory of one update by the number of solver steps: DRTune and full back-propagation, on the glyph teacher.
 
     python benchmarks/direct_memory.py [--batch 8] [--steps 10 25 50]
 
-A CPU's figures are the allocator's own events, as torch's profiler records them; a GPU's are max_memory_allocated. Both count
-from just before the update: its states, activations and gradients, not the networks. DRTune runs to the last step, with all K
-steps trained, its dearest draw; full back-propagation goes through all steps, and `recomputed` is the same with activations
-computed again in the backward pass, as DRaFT-K and AlignProp do it.
+On a CPU memory is computed from the allocator's events, as torch's profiler records them; on a GPU it is max_memory_allocated.
+Both are relative to the start of the update: states, activations and gradients, not the networks. DRTune runs to the last step,
+with all K steps trained, its most expensive case; full back-propagation goes through all steps, and `recomputed` is the same
+with activations recomputed in the backward pass, as in DRaFT-K and AlignProp.
 
 Prints a table and last one JSON line: {"drtune_growth": peak at the most steps over that at the fewest, less the stored states,
 "full_growth": the same for full back-propagation, "recomputed_growth": ..., "peaks": MiB}.

@@ -4,22 +4,22 @@
                                         [--own-steps] [--lr LR] [--captions SET] [--captions-number N] [--updates N]
                                         [--rewards NAME ...] [--methods NAME ...] [--figure FILE.png] [--threads N]
 
-Every method gets the same number of network evaluations, with gradient or without, what is computed again in the backward
-pass included; the same solver, prompts, noises, LoRA and optimiser. The held-out value is the mean of the trained reward over
-pictures of captions that were never trained on. Prints reward against network evaluations and seconds, a table of the ends, and
+Every method gets the same number of network evaluations, with and without gradient, including recomputation in the backward
+pass; and the same solver, prompts, noise, LoRA and optimiser. The held-out value is the mean of the trained reward over images
+of captions that were never trained on. Prints reward against network evaluations and seconds, a table of the final values, and
 last one JSON line, {reward: {method: [final held-out value of each seed]}}. --figure draws the curves.
---quick: one seed and a small budget, below 3 minutes.
+--quick: one seed and a small budget, less than 3 minutes.
 
-The table of the ends also tells how the reward was won:
+Columns of the table of final values:
 
-* "updates": what the evaluations bought. Methods differ in what an update costs: DRTune and ReFL stop early, DRaFT-LV
-  evaluates its last step again, AlignProp computes its steps again.
-* "after N updates": the held-out value when each method has had as many updates, whatever they cost.
-* "late steps alone": the pictures with the adapter on in those solver steps only that a shallow method trains (ReFL the last
-  quarter, DRaFT the last step) and the frozen teacher in all earlier ones. A LoRA has no time of its own: what is learned at
-  late steps acts at early ones too, and this takes that away. With --own-steps the adapter of a shallow method is off in all
-  other steps while it is trained and evaluated, too.
-* "glyph_match": how much of its caption a picture still shows, which nobody trained.
+* "updates": the updates within the budget. Methods differ in the cost of an update: DRTune and ReFL stop early, DRaFT-LV
+  repeats its last step, AlignProp recomputes its steps.
+* "after N updates": the held-out value after the same number of updates for each method, at any cost.
+* "late steps alone": the value with the adapter on only in the solver steps that a shallow method trains (ReFL the last
+  quarter, DRaFT the last step) and the frozen teacher in all earlier ones. A LoRA does not depend on the time: what is learned
+  at late steps also acts at early ones, which this excludes. With --own-steps the adapter of a shallow method is also off in
+  all other steps during training and evaluation.
+* "glyph_match": the share of its caption that an image still shows; not trained.
 """
 
 import argparse
@@ -56,9 +56,9 @@ REWARDS: dict[str, dict[str, Any]] = {
     "clip_score": {"name": "clip_score", "weights": "embedded:glyphs-clip"},
 }
 FIRST_TRAINED = {"refl": 0.75, "draft_1": 1.0, "draft_lv": 1.0}
-"""What a shallow method trains: steps from this share of the solve on, the last one at least."""
+"""The steps that a shallow method trains: from this fraction of the solve on, at least the last one."""
 POINTS = 5
-"""Evaluations on the way, the last one at the end of the budget."""
+"""Evaluations per run, the last one at the end of the budget."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,23 @@ class Point:
 class Run:
     curve: list[Point]
     updates: int
-    """the budget paid for"""
+    """within the budget"""
     after_updates: float
-    """held out, after --updates of them"""
+    """held-out value after --updates updates"""
     glyph_match: float
     late_alone: float | None
     """None for a method that trains all steps"""
 
 
 class LateAlone:
-    """A generator whose adapters are on at times up to `latest` only, [] as t; before, the teacher answers."""
+    """A generator whose adapters are on at times up to `latest` only, [] as t; at earlier steps it is the teacher."""
 
     def __init__(self, generator: Any, latest: Tensor) -> None:
         self.generator, self.latest = generator, latest
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
-        answer: Tensor = self.generator(x, t, condition, adapter if t <= self.latest else None)
-        return answer
+        prediction: Tensor = self.generator(x, t, condition, adapter if t <= self.latest else None)
+        return prediction
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.generator, name)
@@ -106,7 +106,7 @@ def experiment(reward: str, method: str, seed: int, given: argparse.Namespace) -
                 "heldout_number": given.captions_number,
             },
             "rewards": {"train": [REWARDS[reward]], "heldout": [{"name": "glyph_match"}]},
-            # Even times: the scheduler's own last step, from t = 0.001, has hardly an effect of its own.
+            # Even times: the last step of the scheduler's grid, from t = 0.001, hardly changes an image.
             "rollouts": {"solver": "euler", "steps": given.solver_steps, "groups_per_step": 16, "spacing": "even"},
             "objective": METHODS[method],
             "optimizer": {"lr": given.lr},
@@ -116,7 +116,7 @@ def experiment(reward: str, method: str, seed: int, given: argparse.Namespace) -
 
 
 def run(reward: str, method: str, seed: int, given: argparse.Namespace) -> Run:
-    """Train until the budget and the updates are spent; evaluations' own cost and time left out."""
+    """Train until the budget and the updates are spent; the cost and time of evaluations are excluded."""
     described = experiment(reward, method, seed, given)
     executor = InlineExecutor(described)
     train, heldout = read_prompts(described.prompts.train), read_prompts(described.prompts.heldout)
@@ -196,9 +196,9 @@ def main() -> None:
         "--own-steps", action="store_true", help="adapters of shallow methods off in the steps they do not train"
     )
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--updates", type=int, default=24, help="compare after so many, too")
-    parser.add_argument("--captions", choices=["heldout", "tuning"], default="heldout", help="tuning: to choose settings by")
-    parser.add_argument("--captions-number", type=int, default=48, help="two pictures each")
+    parser.add_argument("--updates", type=int, default=24, help="also compare after this number of updates")
+    parser.add_argument("--captions", choices=["heldout", "tuning"], default="heldout", help="tuning: for choosing settings")
+    parser.add_argument("--captions-number", type=int, default=48, help="two images each")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)

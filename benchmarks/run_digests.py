@@ -1,7 +1,7 @@
-"""Digests of short runs: evidence that a change of the code leaves every bit of the results as it was.
+"""Digests of short runs: evidence that a change of the code does not change a bit of the results.
 
 Runs each case for 5 steps, inline and under Ray, and hashes its final adapters and every column of its metrics except times
-and memory. Digests depend on the machine and on torch, so both sides are run on one machine:
+and memory. Digests depend on the machine and on torch, so both versions must run on one machine:
 
     python benchmarks/run_digests.py --out before.json          in the old checkout
     python benchmarks/run_digests.py --against before.json      in the new one; names every column that differs
@@ -48,9 +48,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "isolated": ("quickstart", ["rewards.train=[{name: glyph_match}, {name: symmetry, env: TWIN}]"]),
 }
 """{case: (experiment, overrides)}; TWIN stands for an environment with another interpreter."""
-LEFT_OUT = ("time/", "seconds", "memory/")
+EXCLUDED = ("time/", "seconds", "memory/")
 RENAMED = {"average": "ema"}
-"""{adapter's name in older checkpoints: today's}"""
+"""{adapter's name in checkpoints of earlier versions: its name now}"""
 
 
 def digest(data: bytes) -> str:
@@ -60,7 +60,7 @@ def digest(data: bytes) -> str:
 def digests_of(folder: Path) -> dict[str, str]:
     """{"adapter/NAME" or a metric's name: digest} of a run's folder."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keys = {key for line in lines for key in line if not key.startswith(LEFT_OUT)}
+    keys = {key for line in lines for key in line if not key.startswith(EXCLUDED)}
     found = {key: digest(json.dumps([line.get(key) for line in lines]).encode()) for key in sorted(keys)}
     checkpoint = max((folder / "checkpoints").glob("step_*"))
     for file in sorted(checkpoint.glob("*.safetensors")):
@@ -105,8 +105,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--executor", nargs="*", choices=("inline", "ray"), default=["inline", "ray"])
-    parser.add_argument("--out", type=Path, help="write the digests there")
-    parser.add_argument("--against", type=Path, help="compare with digests written before")
+    parser.add_argument("--out", type=Path, help="file to write the digests to")
+    parser.add_argument("--against", type=Path, help="file of digests to compare with")
     arguments = parser.parse_args()
     found: dict[str, dict[str, dict[str, str]]] = {}
     seconds: dict[str, float] = {}

@@ -100,7 +100,7 @@ def _warn(task: Task, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> Non
     if both := {prompt.text for prompt in train} & {prompt.text for prompt in heldout}:
         print(f"odeon: {len(both)} prompts are in both prompts.train and prompts.heldout, e.g. {min(both)!r}", file=sys.stderr)
     if not {entry["label"] for entry in task.rewards.heldout} - task.trained_labels:
-        print("odeon: every held-out reward is also trained, so reward hacking cannot be detected", file=sys.stderr)
+        print("odeon: no held-out reward is untrained, so only diversity is watched for reward hacking", file=sys.stderr)
 
 
 @contextmanager

@@ -93,4 +93,4 @@ def test_warnings_about_shared_prompts_and_undetectable_hacking(capsys):
     check_inputs(read_experiment(QUICKSTART, ["prompts.heldout=embedded:glyphs/train", "rewards.heldout=[]"]), "ray")
     printed = capsys.readouterr().err
     assert "2000 prompts are in both prompts.train and prompts.heldout" in printed
-    assert "reward hacking cannot be detected" in printed
+    assert "only diversity is watched for reward hacking" in printed
