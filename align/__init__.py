@@ -26,4 +26,4 @@ ALGORITHMS: dict[str, Any] = {
 }
 """{name in an experiment's `objective.algorithm`: the objective, with its pydantic `Config`}"""
 
-__all__ = ["ALGORITHMS", "AlignProp", "DRTune", "DRaFT", "NeighborGRPO", "ReFL"]
+__all__ = ["ALGORITHMS"]
