@@ -151,7 +151,7 @@ def test_a_finished_run_says_so_and_may_go_on(whole, tmp_path, capsys):
     shutil.copytree(whole.path, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     go(tmp_path / "run")
-    assert "has run its 3 steps" in capsys.readouterr().out
+    assert "all 3 steps are done" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     with pytest.raises(InputError, match=r"ran another experiment: grpo.learning_rate \(was 0.002, is 0.02\)"):
         go(tmp_path / "run", "grpo.learning_rate=0.02")
@@ -297,4 +297,4 @@ def test_a_dry_run_prints_the_whole_experiment_and_leaves_nothing(tmp_path, caps
 def test_a_mistake_exits_with_2():
     command = [sys.executable, "-m", "runtime.cli", "prompt-policy", "nothing.yaml"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (2, "odeon: nothing.yaml: there is no such file\n")
+    assert (result.returncode, result.stderr) == (2, "odeon: nothing.yaml: no such file\n")
