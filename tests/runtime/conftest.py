@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +18,11 @@ def cluster():
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     yield started.address
     started.shutdown()
+
+
+@pytest.fixture
+def restore_threads():
+    """A run sets the number of threads of its process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

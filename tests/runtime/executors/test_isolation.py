@@ -19,6 +19,7 @@ from runtime.executors import isolation
 from runtime.executors.isolation import Child, build_environment, check_rewards, packages_hash, problem_with, python_of
 from runtime.experiment.config import InputError
 from runtime.run.folder import RunFolder
+from runtime.run.launch import launch_experiment
 
 PROMPTS = [Prompt("1", "a red circle"), Prompt("2", "a blue seven")]
 
@@ -171,7 +172,7 @@ def test_odeon_rewards_serve(twin):
         process.terminate()
 
 
-def test_a_run_with_an_isolated_reward_is_the_same_as_without(twin, tmp_path):
+def test_a_run_with_an_isolated_reward_is_the_same_as_without(twin, tmp_path, cluster, restore_threads):
     """Without, with a child process, and with a Ray actor."""
     text = """
 name: x
@@ -187,8 +188,7 @@ run: {steps: 1, evaluate_every: 1, checkpoint_every: 1, trackers: [], threads: 1
         reward = {"name": "symmetry"} | ({"env": env} if env else {})
         file.write_text(f"{text}rewards: {{train: [{json.dumps(reward)}]}}\n")
         folder = tmp_path / f"run_{len(lines)}"
-        command = [sys.executable, "-m", "runtime.cli", "launch", str(file), "--executor", executor, "--run-dir", str(folder)]
-        subprocess.run(command, check=True, capture_output=True)
+        assert launch_experiment(file, [], folder, executor, cluster, dry_run=False) == 0
         (line,) = RunFolder(folder).metrics()
         lines.append({key: value for key, value in line.items() if not key.startswith(("time/", "seconds", "memory/"))})
     assert lines[0] == lines[1] == lines[2]

@@ -1,7 +1,6 @@
-"""The Ray executor where it does not matter what runs: splitting, shares of GPUs, what travels, and when publishing is done."""
+"""The Ray executor where it does not matter what runs: splitting, shares of GPUs, what travels."""
 
 import pytest
-import ray
 import torch
 
 from rollouts.prompts import read_prompts
@@ -32,13 +31,6 @@ def test_a_processs_share_fits_on_one_gpu(monkeypatch, gpus, processes, share):
     assert cluster.gpus_of_a_process("cpu", processes) == 0
 
 
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_what_travels_to_the_learner_is_states_and_one_condition_for_each_group(restore_threads):
     experiment = small("rollouts.groups_per_step=3", "rollouts.steps=4")
     sampler = Sampler(experiment)
@@ -53,19 +45,3 @@ def test_what_travels_to_the_learner_is_states_and_one_condition_for_each_group(
     back = from_store(payload)
     assert torch.equal(back.trajectory.x, rollout.trajectory.x)
     assert [prompt.text for prompt in back.prompts] == [prompt.text for prompt in rollout.prompts]
-
-
-def test_publishing_returns_when_the_weights_are_in_the_store(cluster):
-    """Timing an asynchronous call would measure nothing."""
-    from runtime.executors.ray.executor import RayExecutor
-
-    executor = RayExecutor(small(), cluster)
-    try:
-        for version in (0, 1):
-            executor.publish(version)
-            (reference,) = executor._weights.values()
-            ready, _ = ray.wait([reference], timeout=0)
-            assert ready == [reference]
-        assert list(executor._weights) == [1], "on-policy, one version is kept"
-    finally:
-        executor.close()

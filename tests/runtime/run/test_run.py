@@ -192,12 +192,17 @@ def test_guidance_and_an_ema_run_and_resume(tmp_path):
 
 
 def test_ray_gives_the_same_bits_with_two_workers_of_which_one_is_killed(whole, tmp_path, cluster):
+    import ray
+
     from runtime.executors.ray.executor import RayExecutor
 
     experiment = small("rollouts.workers=2")
     executor = RayExecutor(experiment, cluster)
 
     def kill(line):
+        # Publishing has returned, so the weights are in the store; on-policy, one version is kept.
+        ((version, weights),) = executor._weights.items()
+        assert (version, ray.wait([weights], timeout=0)[0]) == (line["step"], [weights])
         if line["step"] == 2:
             os.kill(executor.processes()[0], signal.SIGKILL)
 
