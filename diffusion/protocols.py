@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -126,7 +126,3 @@ class Source(Protocol):
     def take(self, groups: Sequence[Group], plan: Plan) -> Drawn:
         """One or more whole groups -> their rollout, in their order; `Rollout.group` counts from 0."""
         ...
-
-
-AdapterState = Mapping[str, Any]
-"""{adapter: what `AdapterSet.read` gives}"""

@@ -28,7 +28,7 @@ def hub_revision(hub_id: str) -> str:
     with hub_errors(hub_id):
         try:
             return str(HfApi().model_info(hub_id, timeout=10).sha)
-        except (errors.HTTPError, ConnectionError):  # no network, or told to stay offline
+        except (errors.HTTPError, ConnectionError):  # no network, or HF_HUB_OFFLINE is set
             head = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub_id, repo_type="model"), "refs", "main")
             if not head.is_file():
                 raise
@@ -62,7 +62,9 @@ def hub_errors(hub_id: str, key: str = "weights") -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         problem = f"cannot be read from the hub: {str(error).splitlines()[0]}"
     except (errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError):
-        problem = "is no local folder, not in the cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
+        problem = (
+            "is not a local folder, not in the cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
+        )
     else:
         return
     raise ValueError(f"{key} {hub_id!r}: it {problem}")

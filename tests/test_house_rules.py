@@ -1,4 +1,4 @@
-"""The rules that keep the rooms apart, read off the syntax trees (docs/architecture.md)."""
+"""The rules of rooms, files and imports, checked on the syntax trees (docs/architecture.md)."""
 
 import ast
 import sys
@@ -33,15 +33,15 @@ HOMES = {
     "mlflow": "runtime/run/tracking.py",
     "trackio": "runtime/run/tracking.py",
 }
-"""A third-party library and the only file or room that may import it."""
+"""{third-party library: the only file or room that may import it}"""
 LIBRARIES = {"diffusion": {"torch"}, "inputs": {"huggingface_hub"}, "worlds": {"torch", "numpy", "PIL", "sklearn"}}
-"""The rooms that keep to a few libraries, and which."""
+"""{room: the only third-party libraries it may import}"""
 
 FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 
 def imported(source: str) -> set[str]:
-    """The dotted names a module imports, wherever in it the statement stands."""
+    """The dotted names that a module imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -60,13 +60,13 @@ def wrong_rooms(path: Path, source: str) -> set[str]:
     return (tops & set(MAY_IMPORT)) - MAY_IMPORT[room] - {room}
 
 
-def strangers(path: Path, source: str) -> set[str]:
+def misplaced_libraries(path: Path, source: str) -> set[str]:
     tops = {name.split(".")[0] for name in imported(source)} & set(HOMES)
     return {name for name in tops if not path.relative_to(ROOT).as_posix().startswith(HOMES[name])}
 
 
-def luxuries(path: Path, source: str) -> set[str]:
-    """Libraries that a room which keeps to a few imports beyond them."""
+def forbidden_libraries(path: Path, source: str) -> set[str]:
+    """Libraries that a room imports beyond those LIBRARIES allows."""
     room = path.relative_to(ROOT).parts[0]
     tops = {name.split(".")[0] for name in imported(source)} - set(sys.stdlib_module_names) - set(MAY_IMPORT)
     return tops - LIBRARIES[room] if room in LIBRARIES else set()
@@ -78,7 +78,7 @@ def module_of(path: Path) -> str:
 
 
 def graph(files: dict[str, str]) -> dict[str, set[str]]:
-    """{module: modules it imports, wherever in it, for types too}. files: {module: source}."""
+    """{module: modules it imports, also inside functions and for types}. files: {module: source}."""
     edges = {}
     for module, source in files.items():
         found = set()
@@ -92,41 +92,43 @@ def graph(files: dict[str, str]) -> dict[str, set[str]]:
     return edges
 
 
-def test_every_room_is_there():
+def test_every_room_exists():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_go_one_way_and_libraries_stay_home(path):
+def test_imports_go_one_way_and_libraries_stay_in_their_rooms(path):
     assert wrong_rooms(path, path.read_text()) == set()
-    assert strangers(path, path.read_text()) == set()
-    assert luxuries(path, path.read_text()) == set()
+    assert misplaced_libraries(path, path.read_text()) == set()
+    assert forbidden_libraries(path, path.read_text()) == set()
 
 
-def test_the_rules_catch_a_breach():
+def test_the_rules_find_a_violation():
     def late(name):
         return f"def f():\n    import {name}"
 
     assert wrong_rooms(ROOT / "diffusion/x.py", late("generators.families.sd3")) == {"generators"}
     assert wrong_rooms(ROOT / "rewards/x.py", "from generators import load") == {"generators"}
     assert wrong_rooms(ROOT / "runtime/x.py", "from generators import load") == set()
-    assert strangers(ROOT / "align/x.py", late("diffusers.utils")) == {"diffusers"}
-    assert strangers(ROOT / "runtime/run/loop.py", "import ray") == {"ray"}
-    assert strangers(ROOT / "runtime/executors/ray/executor.py", "import ray") == set()
-    assert strangers(ROOT / "runtime/run/loop.py", "from importlib import import_module\nimport_module('ray.util')") == {"ray"}
-    assert luxuries(ROOT / "diffusion/x.py", "import json\nimport numpy as np") == {"numpy"}
-    assert luxuries(ROOT / "worlds/glyphs/x.py", "from transformers import CLIPModel") == {"transformers"}
+    assert misplaced_libraries(ROOT / "align/x.py", late("diffusers.utils")) == {"diffusers"}
+    assert misplaced_libraries(ROOT / "runtime/run/loop.py", "import ray") == {"ray"}
+    assert misplaced_libraries(ROOT / "runtime/executors/ray/executor.py", "import ray") == set()
+    assert misplaced_libraries(
+        ROOT / "runtime/run/loop.py", "from importlib import import_module\nimport_module('ray.util')"
+    ) == {"ray"}
+    assert forbidden_libraries(ROOT / "diffusion/x.py", "import json\nimport numpy as np") == {"numpy"}
+    assert forbidden_libraries(ROOT / "worlds/glyphs/x.py", "from transformers import CLIPModel") == {"transformers"}
 
 
-def test_no_module_imports_itself_through_others():
+def test_no_import_cycle():
     modules = graph({module_of(path): path.read_text() for path in FILES})
     try:
         TopologicalSorter(modules).prepare()
     except CycleError as error:
-        pytest.fail(f"import circle: {' <- '.join(error.args[1])}")
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
 
 
-def test_a_circle_is_found_also_behind_a_function_and_for_types():
+def test_a_cycle_through_a_function_or_a_type_import_is_found():
     late = "def f():\n    from rewards import build"
     typed = "if TYPE_CHECKING:\n    from rewards.names import Entry"
     with pytest.raises(CycleError):
@@ -140,13 +142,13 @@ ONE_FILE_EACH = {"rewards/scorers": "one file for each reward"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_are_short_enough_to_read_in_one_sitting(path):
+def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= MOST_LINES
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_folders_hold_few_files_and_say_what(folder):
+def test_folders_hold_few_files_and_have_a_docstring(folder):
     docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
-    assert docstring, f"{folder.relative_to(ROOT)}/__init__.py says what the folder holds"
+    assert docstring, f"{folder.relative_to(ROOT)}/__init__.py must describe the folder"
     if folder.relative_to(ROOT).as_posix() not in ONE_FILE_EACH:
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_FILES

@@ -20,7 +20,7 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out images' scores and features, on the CPU; of the images themselves only the ones that are shown."""
+    """Held-out images' scores and features, on the CPU; of the images only those of the image grid."""
 
     scores: dict[str, Tensor]
     """{total or label: [B]}"""
@@ -30,7 +30,7 @@ class Evaluated:
     """[at most SHOWN, H, W, 3] uint8, the first one of each of the first prompts"""
     nfe: int
     features: Tensor | None = None
-    """[B, D] what distances are measured on; None in a file from before they were kept"""
+    """[B, D] features between which distances are measured; None in a file of an earlier version"""
 
     @property
     def diversity(self) -> float:
@@ -46,7 +46,7 @@ class Evaluated:
 
     @classmethod
     def load(cls, file: Path) -> Evaluated:
-        """Also files of earlier versions, which called images "pictures" and kept only the mean of the distances."""
+        """Also reads files of earlier versions, which name the images "pictures" and hold only the mean of the distances."""
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata()

@@ -1,4 +1,4 @@
-"""Every training method an experiment can name."""
+"""The training methods that an experiment can name."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ class Experiment(Task):
 
 
 def new_objective(experiment: Experiment) -> Objective:
-    """The experiment's objective; its networks' first values depend on the experiment's seed alone, in every process."""
+    """The experiment's objective; its networks' initial values depend on the experiment's seed alone, in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         return ALGORITHMS[experiment.objective.algorithm](experiment.objective)

@@ -101,14 +101,14 @@ class Learner:
                 result = loss(name, rows, tools)
                 self.memory.enter("backward")
                 weight = len(rows) / total / accumulation if counted else 0.0
-                # Into this player alone: a policy's loss also passes through its critic, whose gradient must not grow by it.
+                # To this player alone: a policy's loss also passes through its critic, which must not accumulate that gradient.
                 (result.value * weight).backward(inputs=parameters)
                 if counted:
                     gathered.append((self._key(name, "loss"), len(rows), result.value.detach()))
                     gathered += [(key, result.known.get(key, len(rows)), value) for key, value in result.metrics.items()]
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if complete := self.waiting[name] + 1 == accumulation:
-                self.ranks.add(gradients)  # once: earlier updates' gradients are in the sum
+                self.ranks.add(gradients)  # once per optimiser step: the sum includes earlier updates
             norm = torch.nn.utils.get_total_norm(gradients)
             gathered.append((self._key(name, "grad_norm"), 1, norm))
             metrics = _read(gathered)
@@ -139,7 +139,7 @@ class Learner:
             )
 
     def _move(self, step: int, name: str, norm: Tensor) -> None:
-        """A step of the player's optimiser. norm: of its gradient."""
+        """Step the player's optimiser. norm: of its gradient."""
         config, optimizer = self.players[name].optimizer, self.optimizers[name]
         torch.nn.utils.clip_grads_with_norm_(list(self.players[name].parameters.values()), config.grad_clip, norm)
         for group in optimizer.param_groups:

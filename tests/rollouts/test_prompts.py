@@ -113,7 +113,7 @@ def test_a_hub_dataset(monkeypatch, source, asked, texts):
         (datasets.exceptions.DatasetNotFoundError("no"), "not found on the hub"),
         (
             ConnectionError("no"),
-            "'datasets/owner/name': it is no local folder, not in the cache, and the hub cannot",
+            "'datasets/owner/name': it is not a local folder, not in the cache, and the hub cannot",
         ),
         (ValueError('Unknown split "tset". Should be one of ["train"].'), 'Unknown split "tset"'),
     ],

@@ -264,8 +264,8 @@ def test_the_hub_without_network(knobs, monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused(tokenizer=knobs["tokenizer"]).startswith("weights 'xswu/HPSv2': it is no local folder, not in the cache")
-    assert refused(weights=knobs["weights"]).startswith("tokenizer 'openai/clip-vit-large-patch14': it is no local folder")
+    assert refused(tokenizer=knobs["tokenizer"]).startswith("weights 'xswu/HPSv2': it is not a local folder, not in the cache")
+    assert refused(weights=knobs["weights"]).startswith("tokenizer 'openai/clip-vit-large-patch14': it is not a local folder")
 
 
 def test_what_is_in_the_cache_needs_no_network(knobs, monkeypatch, tmp_path, hps_folder, clip_folder, reward, images):

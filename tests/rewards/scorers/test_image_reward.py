@@ -211,9 +211,9 @@ def test_the_hub_without_network(knobs, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert refused(tokenizer=knobs["tokenizer"]).startswith(
-        "weights 'THUDM/ImageReward': it is no local folder, not in the cache"
+        "weights 'THUDM/ImageReward': it is not a local folder, not in the cache"
     )
-    assert refused(knobs["weights"]).startswith("tokenizer 'google-bert/bert-base-uncased': it is no local folder")
+    assert refused(knobs["weights"]).startswith("tokenizer 'google-bert/bert-base-uncased': it is not a local folder")
 
 
 @pytest.mark.skipif(find_spec("ImageReward") is not None, reason="image-reward is installed")

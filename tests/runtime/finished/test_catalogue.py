@@ -120,10 +120,10 @@ def test_the_table_shows_required_knobs_and_downloads(monkeypatch, tmp_path):
 
 
 def test_the_table_shows_which_rewards_need_more_than_the_core(monkeypatch):
-    asked, absent = list[str](), "ImageReward"
+    looked_up, absent = list[str](), "ImageReward"
 
     def find_spec(name):
-        asked.append(name)
+        looked_up.append(name)
         return None if name == absent else ModuleSpec(name, None)
 
     packages = {"rapidocr", "onnxruntime", "ImageReward", "torchvision", "timm"}
@@ -131,7 +131,7 @@ def test_the_table_shows_which_rewards_need_more_than_the_core(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(compat, "find_spec", find_spec)
     environments = {name: row["environment"] for name, row in table().items()}
-    assert set(asked) == packages
+    assert set(looked_up) == packages
     assert {name for name, environment in environments.items() if environment != "core"} == {"image_reward", "ocr"}
     assert (environments["image_reward"], environments["ocr"]) == ("make rewards", "ready")
     absent = "onnxruntime"

@@ -1,4 +1,4 @@
-"""Runs of the prompt policy, as small as they get: what they write, that they resume, what they refuse."""
+"""Small runs of the prompt policy: what they write, that they resume, what they refuse."""
 
 import json
 import os
@@ -59,15 +59,15 @@ def go(path, *overrides, allow_code=False):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     return go(tmp_path_factory.mktemp("runs") / "whole", "run.trackers=[tensorboard]")
 
 
-def figures(folder):
+def results(folder):
     return [[line.get(key) for key in (*BIT_EQUAL, "heldout/total")] for line in folder.metrics()]
 
 
-def test_every_step_has_its_line_and_every_evaluation_its_figures(whole):
+def test_every_step_has_its_line_and_every_evaluation_its_metrics(whole):
     lines = whole.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
@@ -81,7 +81,7 @@ def test_every_step_has_its_line_and_every_evaluation_its_figures(whole):
             line
         )
     assert len({(line["heldout/base/total"], line["start/total"]) for line in evaluated}) == 1
-    # 8 rewritings a step at most, 2 solver steps; 6 held-out pictures for base, start and each evaluation
+    # 8 rewritings a step at most, 2 solver steps; 6 held-out images for base, start and each evaluation
     assert 3 * 2 * 2 <= lines[-1]["nfe/rollout"] <= 3 * 8 * 2
     assert [line["nfe/teacher"] for line in lines] == [24, 36, 48]
 
@@ -100,13 +100,13 @@ def test_the_run_folder_is_complete(whole):
     assert not list(whole.path.glob("*tmp"))
 
 
-def test_the_export_is_a_stock_folder_that_writes_what_the_run_saw(whole):
+def test_the_export_is_a_stock_folder_that_gives_the_same_rewritings(whole):
     model = AutoModelForCausalLM.from_pretrained(whole.path / "export")
     tokenizer = AutoTokenizer.from_pretrained(whole.path / "export")
     section = read_as(PromptPolicy, whole.path / "experiment.yaml").language_model
     lines = (whole.path / "samples" / "step_000003" / "prompts.txt").read_text().splitlines()
-    texts, said = zip(*(line.split(" -> ") for line in lines), strict=True)
-    assert greedy(model, tokenizer, section, texts) == list(said)
+    texts, rewritings = zip(*(line.split(" -> ") for line in lines), strict=True)
+    assert greedy(model, tokenizer, section, texts) == list(rewritings)
     start = AutoModelForCausalLM.from_pretrained(embedded("embedded:glyphs-rewriter"))
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
 
@@ -118,7 +118,7 @@ def test_it_is_compared_like_any_run(whole):
     assert "held-out clip_score" in row
 
 
-def test_it_has_no_adapter_to_draw_with(whole):
+def test_it_has_no_adapter_to_sample_with(whole):
     with pytest.raises(InputError, match="is the run of a prompt policy, which has no adapter"):
         read_run(whole.path)
 
@@ -127,7 +127,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_cut_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
     def dies(self, logs):
         if self.trainer.state.global_step == 2:
             raise Killed
@@ -142,12 +142,12 @@ def test_a_cut_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global')
     folder = go(tmp_path / "cut")
-    assert figures(folder) == figures(whole)
+    assert results(folder) == results(whole)
     exported = [(one.path / "export" / "model.safetensors").read_bytes() for one in (folder, whole)]
     assert exported[0] == exported[1]
 
 
-def test_a_finished_run_says_so_and_may_go_on(whole, tmp_path, capsys):
+def test_a_finished_run_is_reported_and_may_be_extended(whole, tmp_path, capsys):
     shutil.copytree(whole.path, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     go(tmp_path / "run")
@@ -170,23 +170,23 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(whole, tmp_path, monkeyp
     code = train_prompt_policy(FILE, [*SMALL, "run.checkpoint_every=100"], tmp_path / "run")
     assert code == 128 + signal.SIGTERM
     assert list(trl_checkpoints(RunFolder(tmp_path / "run"))) == [2]
-    assert figures(RunFolder(tmp_path / "run")) == figures(whole)[:2]
+    assert results(RunFolder(tmp_path / "run")) == results(whole)[:2]
     assert not (tmp_path / "run" / "export").exists()
 
 
-def test_a_chat_template_is_another_way_to_say_it(whole, tmp_path):
+def test_a_chat_template(whole, tmp_path):
     model = shutil.copytree(embedded("embedded:glyphs-rewriter"), tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}{% if add_generation_prompt %} =>{% endif %}")
     chat = f"language_model={{weights: {model}, chat: true, max_new_tokens: 12}}"
     folder = go(tmp_path / "run", chat, "run.steps=2", "grpo.per_device_train_batch_size=8")
-    assert figures(folder) == figures(whole)[:2]
+    assert results(folder) == results(whole)[:2]
 
 
-# What a step draws
+# What a step samples
 
 
 class FakeWorker:
-    """An image's brightness is its text's length in hundredths, and a little of its noise."""
+    """An image's brightness is its text's length in hundredths, plus a small part of its noise."""
 
     most = 4
 
@@ -205,20 +205,20 @@ class Brightness:
     about = About("total", differentiable=True)
 
     def __call__(self, images, prompts):
-        self.asked = list(prompts)
+        self.prompts = list(prompts)
         assert len(prompts) <= 4
         total = images.mean((1, 2, 3))
         return Scores(total, {"bright": total})
 
 
-def test_a_group_shares_its_noise_and_what_says_the_same_is_drawn_once():
+def test_a_group_shares_its_noise_and_equal_rewritings_are_sampled_once():
     experiment = read_as(PromptPolicy, FILE, SMALL)
     prompts = [Prompt("1", "red", {"wish": 1, "prompts": "no"}), Prompt("2", "blue")]
     fake, reward = FakeWorker(), Brightness()
     judge = Judge(experiment, fake, reward, prompts)
     ids = ["1"] * 4 + ["2"] * 4
-    said = ["a", "a ", "a", "bb", "a", "a", "a", "ccc"]
-    totals = judge.total(["given"] * 8, said, id=ids, trainer_state=SimpleNamespace(global_step=0))
+    rewritings = ["a", "a ", "a", "bb", "a", "a", "a", "ccc"]
+    totals = judge.total(["given"] * 8, rewritings, id=ids, trainer_state=SimpleNamespace(global_step=0))
     first = {group.prompt.id: set() for group in fake.groups}
     for group in fake.groups:
         first[group.prompt.id] |= set(group.seeds)
@@ -232,20 +232,20 @@ def test_a_group_shares_its_noise_and_what_says_the_same_is_drawn_once():
     assert first["1"] != first["2"]
     assert totals[0] == totals[1] == totals[2] != totals[3]
     assert totals[4] == totals[5] == totals[6] != totals[0]
-    assert [prompt.text for prompt in reward.asked] == ["blue"] * 4
+    assert [prompt.text for prompt in reward.prompts] == ["blue"] * 4
     assert judge.last.nfe == 12
     assert judge.last.scores.parts["bright"].tolist() == totals
-    judge.total(["given"] * 8, said, id=ids, trainer_state=SimpleNamespace(global_step=1))
+    judge.total(["given"] * 8, rewritings, id=ids, trainer_state=SimpleNamespace(global_step=1))
     assert {group.seeds[0] for group in fake.groups if group.prompt.id == "1"} != first["1"]
 
 
-def test_a_generator_is_told_what_was_rewritten():
-    told = []
-    generator = SimpleNamespace(encode=lambda texts: told.extend(texts), device="here")
+def test_the_generator_encodes_rewritings():
+    encoded = []
+    generator = SimpleNamespace(encode=lambda texts: encoded.extend(texts), device="here")
     rewriting = Rewriting(generator)
     rewriting.rewritten = {"a": "b"}
     rewriting.encode(["a", "c"])
-    assert told == ["b", "c"]
+    assert encoded == ["b", "c"]
     assert rewriting.device == "here"
 
 
@@ -262,7 +262,10 @@ def test_a_generator_is_told_what_was_rewritten():
         ("grpo.per_device_train_batch_size=3", "must divide the 2 x 4 = 8 rewritings of a step"),
         ("grpo.bf16=true", "grpo.bf16 = True: needs a GPU"),
         ("language_model.weights=no/such/model", "language_model: weights 'no/such/model': no such folder"),
-        ("language_model.weights=owner/name", "language_model: weights 'owner/name': it is no local folder, not in the cache"),
+        (
+            "language_model.weights=owner/name",
+            "language_model: weights 'owner/name': it is not a local folder, not in the cache",
+        ),
         ("language_model.weights=embedded:glyphs-writer", "did you mean 'glyphs-rewriter'"),
         ("language_model.weights=embedded:glyphs", "no config.json"),
         ("language_model.weights=embedded:glyphs-clip", "model_type 'clip', which is not a causal language model"),
@@ -276,7 +279,7 @@ def test_a_generator_is_told_what_was_rewritten():
         ("prompts.train=no/such.txt", "no/such.txt"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_leaves_no_folder(override, words, tmp_path, monkeypatch):
+def test_an_error_is_one_line_and_leaves_no_folder(override, words, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError) as caught:
@@ -294,7 +297,7 @@ def test_a_dry_run_prints_the_whole_experiment_and_leaves_nothing(tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_exits_with_2():
+def test_an_error_exits_with_2():
     command = [sys.executable, "-m", "runtime.cli", "prompt-policy", "nothing.yaml"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "odeon: nothing.yaml: no such file\n")

@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_one_line_on_the_command_line(tmp_path)
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_what_a_reward_says_while_learning_ends_the_run_in_one_line(executor, tmp_path, cluster):
+def test_a_reward_error_while_learning_ends_the_run_in_one_line(executor, tmp_path, cluster):
     file = tmp_path / "mine.py"
     file.write_text("def mine(images, prompts, **meta):\n    return [0.0] * len(prompts)\n")
     reward = f"rewards.train=[{{name: 'python:{file}:mine', differentiable: true}}]"

@@ -133,7 +133,7 @@ def test_from_launch_to_the_loss_it_is_at_most_six_calls(tmp_path, monkeypatch):
     assert depths[0] == ["update", "update", "update", "run", "launch_experiment", "launch"]
 
 
-def test_networks_start_alike_in_every_process():
+def test_networks_start_equal_in_every_process():
     from runtime.experiment.config import new_objective
 
     torch.manual_seed(1)

@@ -22,7 +22,7 @@ def traced(tmp_path, steps, left, done, capsys):
     ("steps", "left", "done", "words"),
     [
         (2, 10, 5, "steps 2 to 3"),
-        (3, 3, 3, "steps 2 to 3"),  # fewer steps than asked for: a trace all the same
+        (3, 3, 3, "steps 2 to 3"),  # fewer steps than requested are traced, too
         (1, 1, 1, "steps 1 to 1"),
         (5, 10, 3, "steps 2 to 3"),  # stopped by a signal
     ],
