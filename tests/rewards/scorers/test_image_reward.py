@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from diffusion.types import Prompt
 from rewards.parts import compat
+from rewards.parts.clip import MEAN, STD
 from rewards.parts.files import read_checkpoint
 from rewards.scorers.image_reward import ImageReward
 from worlds.glyphs import parse, read_prompts, render
@@ -61,6 +62,11 @@ def package(reward, image_reward_folder):
     return network
 
 
+def channels(values):
+    """One value for each colour channel, to multiply images with."""
+    return torch.tensor(values)[:, None, None]
+
+
 @PACKAGE
 def test_equals_the_package_exactly_at_equal_pixels(knobs, reward, package, images):
     by_ones = ImageReward(**knobs, micro_batch=1)
@@ -77,7 +83,7 @@ def test_close_to_the_package_where_images_are_resized(reward, package, size):
     coarse = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     images = (F.interpolate(coarse, size, mode="bilinear") * 255).round() / 255
     theirs = torch.stack([package.preprocess(pil(image)) for image in images])
-    assert ((reward.preprocess(images) - theirs) * reward.std).abs().max() < 1.1 / 255
+    assert ((reward.preprocess(images) - theirs) * channels(STD)).abs().max() < 1.1 / 255
     scores = torch.tensor([package.score(text, pil(image)) for text, image in zip(TEXTS, images, strict=True)])
     assert (reward(images, PROMPTS).total - scores).abs().max() < 0.003
 
@@ -101,7 +107,7 @@ def test_the_gradient_reaches_every_pixel_through_resizing(reward):
 def test_overshoot_of_resizing_is_clipped(reward):
     edge = torch.zeros(1, 3, 64, 64)
     edge[..., 30:] = 1
-    pixels = reward.preprocess(edge) * reward.std + reward.mean
+    pixels = reward.preprocess(edge) * channels(STD) + channels(MEAN)
     assert pixels.min() > -1e-6
     assert pixels.max() < 1 + 1e-6
 
