@@ -1,5 +1,3 @@
-import ast
-import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +10,6 @@ from diffusion.types import Prompt
 from runtime.experiment.config import InputError
 from runtime.experiment.yaml import read_experiment
 from worlds.glyphs import parse, render
-
-ROOM = Path(rewards.__file__).parent
 
 
 def refused(*entries) -> str:
@@ -144,28 +140,3 @@ def test_prompts_are_checked_by_the_scorers_that_would_read_them():
         rewards.check_prompts(rewards.resolve([{"name": "symmetry"}, {"name": "glyph_match", "label": "wish"}]), prompts)
     with pytest.raises(ValueError, match="reward ocr, prompt 'a red circle': requests no text"):
         rewards.check_prompts(rewards.resolve([{"name": "ocr"}]), prompts)
-
-
-def imports(path: Path) -> set[str]:
-    """The modules of rewards/ that a module imports, inside functions too; a scorer by its name counts as all scorers."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Constant) and str(node.value).startswith("rewards.scorers."):
-            found |= {f"rewards.scorers.{other.stem}" for other in (ROOM / "scorers").glob("*.py")}
-    return {name for name in found if name.startswith("rewards")}
-
-
-def test_imports_have_no_circle():
-    modules = {".".join(path.relative_to(ROOM.parent).with_suffix("").parts): path for path in ROOM.rglob("*.py")}
-    graph = {name: imports(path) & set(modules) for name, path in modules.items()}
-    assert {"rewards.scorers.hpsv2", "rewards.mixture"} <= graph["rewards.names"]
-    order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert [name for name in order if name in ("rewards.names", "rewards.build", "rewards.serve")] == [
-        "rewards.names",
-        "rewards.build",
-        "rewards.serve",
-    ]
