@@ -53,7 +53,10 @@ class ObjectiveConfig(Protocol):
 
     @property
     def needs_reward_gradient(self) -> bool:
-        """Whether the loss differentiates the trained rewards; the learner then loads them, and they must be differentiable."""
+        """Whether the loss differentiates the trained rewards; the learner then loads them, and they must be differentiable.
+
+        The loss's metrics then include `reward/total`; a step with items and without it ends the run, since nothing was scored.
+        """
         ...
 
     def cost(self, solver: Solver, grid: Tensor) -> Cost:
