@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
+from align.direct import Direct, DirectConfig, DirectRows, rollout_with_gradient, rows_of
 from diffusion.objective import Items, Tools
+from diffusion.rewarded import judged
 from diffusion.solvers import Solver, evaluations
 from diffusion.types import Cost, Loss, Rollout
 
@@ -47,7 +48,7 @@ class AlignProp(Direct[AlignPropConfig]):
     def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
         steps = tools.steps
         depth = int(torch.randint(1, self.config.largest(steps) + 1, (), generator=tools.rng))
-        return rows_of(rollout, range(steps - depth, steps), steps - 1)
+        return rows_of(rollout, range(steps - depth, steps), steps - 1, tools)
 
     def loss(self, player: str, items: Items, tools: Tools) -> Loss:
         assert isinstance(items, DirectRows)
@@ -55,5 +56,5 @@ class AlignProp(Direct[AlignPropConfig]):
         clean = rollout_with_gradient(
             lambda x, t: tools.predict(x, t, items.condition, player), items, tools, recompute=depth > 1
         )
-        loss = judged(clean, items, tools, self.config.hinge)
+        loss = judged(clean, items.prompts, tools, self.config.hinge)
         return replace(loss, metrics={**loss.metrics, "alignprop/trained": torch.tensor(float(depth))})

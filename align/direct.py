@@ -28,7 +28,7 @@ from diffusion.grid import stop_early
 from diffusion.objective import Objective, Tools
 from diffusion.ode import integrate
 from diffusion.solvers import Predictor
-from diffusion.types import Condition, Loss, Plan, Prompt, Rollout, RunSettings, Scores
+from diffusion.types import Condition, Plan, Prompt, Rollout, RunSettings
 
 
 class DirectConfig(BaseModel):
@@ -80,22 +80,32 @@ class DirectRows:
     """the solver step after which the clean prediction is taken; the last one is the end of the solve"""
     renoise: Tensor | None = None
     """[B, n, ...] float32, the noises with which DRaFT-LV noises its images again"""
+    fresh: Tensor | None = None
+    """[B, S-1, ...] float32, the noise after each step but the last, of a solver that adds noise"""
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def __getitem__(self, rows: slice) -> DirectRows:
-        renoise = None if self.renoise is None else self.renoise[rows]
         return replace(
-            self, noise=self.noise[rows], condition=self.condition[rows], prompts=self.prompts[rows], renoise=renoise
+            self,
+            noise=self.noise[rows],
+            condition=self.condition[rows],
+            prompts=self.prompts[rows],
+            renoise=None if self.renoise is None else self.renoise[rows],
+            fresh=None if self.fresh is None else self.fresh[rows],
         )
 
 
-def rows_of(rollout: Rollout, trained_steps: Sequence[int], stop: int) -> DirectRows:
+def rows_of(rollout: Rollout, trained_steps: Sequence[int], stop: int, tools: Tools) -> DirectRows:
     """The rollout's first states as rows; none where no trained step is executed, since nothing would be learned."""
     executed = tuple(i for i in trained_steps if i <= stop)
     noise, condition = rollout.trajectory.x[:, 0], rollout.condition[rollout.group]
-    rows = DirectRows(noise, condition, rollout.sample_prompts, executed, stop)
+    fresh = None
+    if tools.solver.renoises and tools.steps > 1:
+        shape = (len(noise), tools.steps - 1, *noise.shape[1:])
+        fresh = torch.randn(shape, generator=tools.rng).to(noise)
+    rows = DirectRows(noise, condition, rollout.sample_prompts, executed, stop, fresh=fresh)
     return rows if executed else rows[:0]
 
 
@@ -116,28 +126,6 @@ def rollout_with_gradient(
         return predict(x, t)
 
     grid = stop_early(tools.grid, rows.stop)
-    return integrate(evaluate, rows.noise, grid, tools.path, tools.solver, trained_steps=rows.trained_steps).x[:, -1]
-
-
-def reward_loss(rewards: Tensor, hinge: float | None) -> Tensor:
-    """-mean r, or with a hinge mean max(0, hinge - r), which has no gradient above the hinge: rewards [B] -> []."""
-    return -rewards.mean() if hinge is None else (hinge - rewards).clamp(min=0).mean()
-
-
-def judged(clean: Tensor, rows: DirectRows, tools: Tools, hinge: float | None) -> Loss:
-    """The loss of clean latents [B, ...], decoded and scored. Images scored NaN are excluded.
-
-    Metrics, means over the images with a score: `reward/total`, `reward/<label>`, and `extra/<name>`, rewards' further values.
-    """
-    scores: Scores = tools.judge(clean, rows.prompts)
-    excluded = scores.total.isnan()
-    metrics = {f"reward/{label}": value for label, value in [("total", scores.total), *scores.parts.items()]}
-    metrics |= {f"extra/{name}": value for name, value in scores.extra.items()}
-    means = {key: value.detach().nanmean() for key, value in metrics.items()}
-    known = {key: (~value.isnan()).sum() for key, value in metrics.items()}
-    return Loss(reward_loss(_without(scores.total, excluded, hinge), hinge), means, known)
-
-
-def _without(rewards: Tensor, excluded: Tensor, hinge: float | None) -> Tensor:
-    """Rewards with excluded ones set to the constant whose loss is 0: selecting rows would synchronise with the device."""
-    return torch.where(excluded, 0.0 if hinge is None else hinge, rewards)
+    fresh = {} if rows.fresh is None else {step: rows.fresh[:, step] for step in range(rows.stop)}
+    solve = integrate(evaluate, rows.noise, grid, tools.path, tools.solver, trained_steps=rows.trained_steps, noise=fresh)
+    return solve.x[:, -1]

@@ -26,8 +26,9 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
+from align.direct import Direct, DirectConfig, DirectRows, rollout_with_gradient, rows_of
 from diffusion.objective import Items, Tools
+from diffusion.rewarded import judged
 from diffusion.solvers import Solver, evaluations
 from diffusion.types import Cost, Loss, Rollout, RunSettings
 
@@ -63,7 +64,7 @@ class DRaFT(Direct[DRaFTConfig]):
 
     def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
         steps, noise = tools.steps, rollout.trajectory.x[:, 0]
-        rows = rows_of(rollout, range(steps - self.config.train_steps, steps), steps - 1)
+        rows = rows_of(rollout, range(steps - self.config.train_steps, steps), steps - 1, tools)
         renoise = torch.randn(len(noise), self.config.low_variance, *noise.shape[1:], generator=tools.rng)
         return replace(rows, renoise=renoise.to(noise.device))
 
@@ -74,11 +75,11 @@ class DRaFT(Direct[DRaFTConfig]):
             return tools.predict(x, t, items.condition, player)
 
         clean = rollout_with_gradient(predict, items, tools, recompute=self.config.train_steps > 1)
-        loss = judged(clean, items, tools, self.config.hinge)
+        loss = judged(clean, items.prompts, tools, self.config.hinge)
         assert items.renoise is not None
         value, last = loss.value, tools.grid[-2]
         for noise in items.renoise.unbind(1):
             state = tools.path.mix(clean.detach(), noise, last)
             again = tools.path.clean(state, last, predict(state, last))
-            value = value + judged(again, items, tools, self.config.hinge).value
+            value = value + judged(again, items.prompts, tools, self.config.hinge).value
         return replace(loss, value=value / (1 + self.config.low_variance))

@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
+from align.direct import Direct, DirectConfig, DirectRows, rollout_with_gradient, rows_of
 from diffusion.objective import Items, Tools
+from diffusion.rewarded import judged
 from diffusion.solvers import Solver, evaluations
 from diffusion.types import Cost, Loss, Rollout, RunSettings
 
@@ -111,7 +112,7 @@ class DRTune(Direct[DRTuneConfig]):
     Config = DRTuneConfig
 
     def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
-        return rows_of(rollout, *draw_steps(tools.steps, self.config, tools.rng))
+        return rows_of(rollout, *draw_steps(tools.steps, self.config, tools.rng), tools)
 
     def loss(self, player: str, items: Items, tools: Tools) -> Loss:
         assert isinstance(items, DirectRows)
@@ -123,7 +124,7 @@ class DRTune(Direct[DRTuneConfig]):
         clean = rollout_with_gradient(
             lambda x, t: tools.predict(x, t, items.condition, player), items, tools, detach_input=True
         )
-        loss = judged(clean, items, tools, self.config.hinge)
+        loss = judged(clean, items.prompts, tools, self.config.hinge)
         metrics = {**loss.metrics, "drtune/trained": torch.tensor(float(len(items.trained_steps)))}
         if not self.config.reference_weight:
             return replace(loss, metrics=metrics)

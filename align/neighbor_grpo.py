@@ -15,6 +15,8 @@ Ours, where the sources differ or do not say:
   change of y by 0.001 per element is far outside a clip of 1e-4. tau = 1 / D gives the sum, and needs a wider clip.
 * Old and new policy both take one first-order step. A solver of higher order ends in another state, and with the old policy
   evaluated there the ratios would not start at 1.
+* With the solver `consistency`, which adds fresh noise after a step, a group's noises of each step are neighbours, too, and y
+  is what the model would have stepped to with the anchor's own noise.
 * K steps are drawn for each group, uniformly from `train_window`.
 * Groups whose rewards are all equal or not finite are excluded; the loss is the mean over the others. Eq. 11 removes the scale,
   so rewards that differ by a rounding error count as much as any others; with `spread_weights` a group is weighted by the
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from align.window import Window, steps_within
 from diffusion.objective import Items, Objective, Tools
-from diffusion.path import Path
+from diffusion.path import Path, combine
 from diffusion.protocols import Predict
 from diffusion.solvers import Solver
 from diffusion.types import Condition, Cost, Loss, Plan, Rollout, RunSettings, Scores
@@ -89,6 +91,11 @@ class NeighborGRPOConfig(BaseModel):
             raise ValueError(
                 f"train_steps is {self.train_steps}, allowed are 1 to {number}: "
                 f"train_window {list(self.train_window)} holds {number} of the solver's {steps} steps"
+            )
+        if settings.renoises and self.inner_updates > 1 and steps > 1:
+            raise ValueError(
+                f"inner_updates is {self.inner_updates}; a solver that adds noise after each step allows 1, since later "
+                "updates would need that noise"
             )
         if self.spread_weights and settings.standardized_rewards:
             raise ValueError(
@@ -166,9 +173,19 @@ class NeighborRows:
         source = source.to(torch.promote_types(source.dtype, torch.float32))
         return source, predict(source, self.t[self.step], self.condition[self.group], adapter)
 
-    def log_policy(self, source: Tensor, prediction: Tensor, path: Path, tau: float) -> Tensor:
-        """log pi(i | k, t) [N, G] of the model that made this prediction at source, by the first-order training step."""
-        y = path.step(source, self.t[self.step], self.t[self.step + 1], prediction)
+    def log_policy(self, source: Tensor, prediction: Tensor, path: Path, tau: float, renoises: bool) -> Tensor:
+        """log pi(i | k, t) [N, G] of the model that made this prediction at source, by the first-order training step.
+
+        renoises: the rollout added fresh noise n after each step but the last. y is then alpha_s x_0 + sigma_s n with the
+        anchor's n; for the policy that drew the rollout it is the anchor's next state, which stands for the unknown n.
+        """
+        t, s = self.t[self.step], self.t[self.step + 1]
+        y = path.step(source, t, s, prediction)
+        if renoises:
+            clean = path.clean(source, t, prediction)
+            noisy = self.x[self.group, self.anchor, self.step + 1] + combine((path.alpha(s), clean - clean.detach()))
+            last = (self.step == len(self.t) - 2).to(y.device).reshape(-1, *[1] * (y.ndim - 1))
+            y = torch.where(last, y, noisy)
         return log_policy(self.x[self.group, :, self.step + 1], y, tau)
 
 
@@ -234,7 +251,7 @@ class NeighborGRPO(Objective):
             for start in range(0, len(rows), self.config.group_size):
                 part = rows[start : start + self.config.group_size]
                 source, prediction = part.evaluate(tools.predict, "policy")
-                old.append(part.log_policy(source, prediction, tools.path, self.config.temperature))
+                old.append(part.log_policy(source, prediction, tools.path, self.config.temperature, tools.solver.renoises))
         return replace(rows, old=torch.cat(old))
 
     def turns(self, step: int, items: Items) -> Iterable[tuple[str, Items]]:
@@ -247,7 +264,7 @@ class NeighborGRPO(Objective):
             with torch.no_grad():  # first: the policy's backward pass needs the adapter that its forward pass switched on
                 _, reference = items.evaluate(tools.predict, None)
         source, prediction = items.evaluate(tools.predict, player)
-        log_pi = items.log_policy(source, prediction, tools.path, self.config.temperature)
+        log_pi = items.log_policy(source, prediction, tools.path, self.config.temperature, tools.solver.renoises)
         log_ratio = log_pi - (log_pi.detach() if items.old is None else items.old)
         ratio, advantages = log_ratio.exp(), items.advantages[items.group]
         value = -clipped_terms(ratio, advantages, clip).mean()

@@ -21,9 +21,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from align.direct import Direct, DirectConfig, DirectRows, judged, rollout_with_gradient, rows_of
+from align.direct import Direct, DirectConfig, DirectRows, rollout_with_gradient, rows_of
 from align.window import Window, steps_within
 from diffusion.objective import Items, Tools
+from diffusion.rewarded import judged
 from diffusion.solvers import Solver, evaluations
 from diffusion.types import Cost, Loss, Rollout, RunSettings
 
@@ -57,9 +58,9 @@ class ReFL(Direct[ReFLConfig]):
     def items(self, rollout: Rollout, credit: Tensor | None, tools: Tools) -> DirectRows:
         stops = self.config.stops(tools.steps)
         stop = stops[int(torch.randint(len(stops), (), generator=tools.rng))]
-        return rows_of(rollout, [stop], stop)
+        return rows_of(rollout, [stop], stop, tools)
 
     def loss(self, player: str, items: Items, tools: Tools) -> Loss:
         assert isinstance(items, DirectRows)
         clean = rollout_with_gradient(lambda x, t: tools.predict(x, t, items.condition, player), items, tools)
-        return judged(clean, items, tools, self.config.hinge)
+        return judged(clean, items.prompts, tools, self.config.hinge)

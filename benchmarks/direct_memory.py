@@ -18,9 +18,10 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from align.direct import DirectRows, judged, rollout_with_gradient
+from align.direct import DirectRows, rollout_with_gradient
 from align.drtune import equally_spaced
 from diffusion import SOLVERS, Prompt, Scores, Tools, sample_noise
+from diffusion.rewarded import judged
 from generators import load
 from rewards.scorers.symmetry import Symmetry
 
@@ -87,7 +88,7 @@ def main() -> None:
                 detach_input=drtune,
                 recompute=method == "recomputed",
             )
-            judged(clean, rows, tools, None).value.backward()
+            judged(clean, rows.prompts, tools, None).value.backward()
 
         return run
 

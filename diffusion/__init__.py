@@ -25,12 +25,12 @@ from diffusion.grid import (
 )
 from diffusion.guidance import guidance_evaluations, guide, guided
 from diffusion.noise import sample_noise, sample_seed
-from diffusion.objective import Items, Objective, ObjectiveConfig, Tools, adapter_names, players_of
+from diffusion.objective import Items, Objective, ObjectiveConfig, Teacher, Tools, adapter_names, players_of
 from diffusion.ode import integrate, prediction_coefficients
 from diffusion.path import Path, RectifiedFlow, VariancePreserving, combine
-from diffusion.protocols import AdapterSet, Codec, Generator, Judge, Predict, RewardModel, Source
+from diffusion.protocols import AdapterSet, Codec, Generator, ImageFeatures, Judge, Predict, RewardModel, Source
 from diffusion.sde import NoisyStep, renoise
-from diffusion.solvers import SOLVERS, History, Node, Predictor, Solver, Step, evaluations
+from diffusion.solvers import SOLVERS, History, Node, Predictor, Solver, Step, evaluations, noisy_steps
 from diffusion.types import (
     About,
     Condition,
@@ -60,6 +60,7 @@ __all__ = [
     "Generator",
     "Group",
     "History",
+    "ImageFeatures",
     "Items",
     "Judge",
     "Loss",
@@ -80,6 +81,7 @@ __all__ = [
     "Solver",
     "Source",
     "Step",
+    "Teacher",
     "Tools",
     "Trained",
     "Trajectory",
@@ -93,6 +95,7 @@ __all__ = [
     "guide",
     "guided",
     "integrate",
+    "noisy_steps",
     "players_of",
     "prediction_coefficients",
     "renoise",

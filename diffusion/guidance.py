@@ -13,8 +13,13 @@ from diffusion.solvers import Predictor
 from diffusion.types import Condition
 
 
-def guide(conditional: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """negative + scale (conditional - negative), eq. 6. Its derivatives by the branches are `scale` and `1 - scale`."""
+def guide(conditional: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+    """negative + scale (conditional - negative), eq. 6. Its derivatives by the branches are `scale` and `1 - scale`.
+
+    scale: one for all, or [B].
+    """
+    if isinstance(scale, Tensor):
+        scale = scale.to(conditional).reshape(-1, *[1] * (conditional.ndim - 1))
     return negative + scale * (conditional - negative)
 
 
@@ -28,19 +33,20 @@ def guided(
     condition: Condition,
     *,
     adapter: str | None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     negative: Condition | None = None,
     detach_negative: bool = False,
 ) -> Predictor:
     """Bind a network to its condition [B], adapter and guidance: (x, t) -> native prediction, as `integrate` takes it.
 
     One network call of 2B rows, the negative ones first; one of B rows at scale 1, where `negative` is not used.
+    scale: one for all, or [B]; a tensor always evaluates both branches.
     detach_negative: no gradient through the negative branch. It then runs in a separate call, which stores no
     activations.
 
     Raises ValueError if the scale is not 1 and `negative` does not have one row for each sample.
     """
-    if scale == 1:
+    if not isinstance(scale, Tensor) and scale == 1:
         return lambda x, t: predict(x, t, condition, adapter)
     if negative is None or len(negative) != len(condition):
         rows = 0 if negative is None else len(negative)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -11,9 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.path import Path
-from diffusion.protocols import Codec, Judge, Predict
+from diffusion.protocols import Codec, ImageFeatures, Judge, Predict
 from diffusion.solvers import Solver
-from diffusion.types import Cost, Follows, Loss, Plan, Rollout, RunSettings, Scores, Trained
+from diffusion.types import Condition, Cost, Follows, Loss, Plan, Rollout, RunSettings, Scores, Trained
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen teacher as it samples: with its own solver, time grid and guidance."""
+
+    predict: Callable[[Tensor, Tensor, Condition, Tensor], Tensor]
+    """(x [B, ...], t [] or [B], condition [B], guidance scale [B]) -> native prediction [B, ...]"""
+    solver: Solver
+    grid: Tensor
+    """[S+1] float64, ending at 0"""
+    guidance: tuple[float, float]
+    """The range of guidance scales; equal where the scale is fixed."""
+
+    def draw_guidance(self, rows: int, rng: torch.Generator) -> Tensor:
+        """[rows] float32, uniform in the range"""
+        low, high = self.guidance
+        return low + (high - low) * torch.rand(rows, generator=rng)
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,9 @@ class Tools:
     codec: Codec
     rng: torch.Generator
     """Seeded for the step; the only source of random numbers."""
+    teacher: Teacher
+    features: ImageFeatures | None = None
+    """What `Objective.features` names; None where it names nothing."""
 
     @property
     def steps(self) -> int:
@@ -81,6 +102,10 @@ class Objective(Protocol):
     """Other trained networks, such as a discriminator's heads. Trained adapters and networks are the players."""
     detach_negative: bool = False
     """Whether `Tools.predict` stops the gradient at guidance's negative branch."""
+    features: str | None = None
+    """The weights of the frozen image network that `Tools.features` is, as `generators.load_features` takes them."""
+    state: Mapping[str, Tensor] = MappingProxyType({})
+    """Tensors that it keeps from step to step and changes in place; part of a checkpoint."""
 
     def plan(self, step: int, steps: int) -> Plan:
         """What training step 1, 2, ... requests from the rollout workers, whose solves have S = `steps` steps."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion.grid import time_grid
 from diffusion.path import Path
 from diffusion.sde import NoisyStep, renoise
-from diffusion.solvers import History, Predictor, Solver, evaluations
+from diffusion.solvers import History, Predictor, Solver, evaluations, noisy_steps
 from diffusion.types import Trajectory
 
 
@@ -39,12 +39,12 @@ def integrate(
     later one is trained. With no trained step nothing has a gradient, not even with respect to x.
 
     noise: {step: standard normal noise [B, ...]}: these steps are `noisy_step`s, one evaluation each, and a multistep solver
-    restarts with an empty history after them.
+    restarts with an empty history after them. The `consistency` solver needs it for every step but the last.
 
     To start late, pass the end of a grid; to stop early, see `stop_early`. To cut the gradient at the network's input,
     pass `lambda x, t: predict(x.detach(), t)`.
 
-    Raises ValueError for an invalid grid, an empty record, and indices outside the ranges above.
+    Raises ValueError for an invalid grid, an empty record, indices outside the ranges above, and missing noise.
     """
     grid = time_grid(grid)
     steps = len(grid) - 1
@@ -55,6 +55,8 @@ def integrate(
     _check_indices("record", record, steps)
     _check_indices("trained_steps", trained_steps, steps - 1)
     _check_indices("noise", noise, steps - 1)
+    if missing := [i for i in noisy_steps(solver, steps) if i not in noise]:
+        raise ValueError(f"noise lacks {missing}, steps after which this solver adds noise")
     history: History = ()
     states, predicted = [], []
     with torch.set_grad_enabled(len(trained_steps) > 0):

@@ -112,6 +112,19 @@ class RewardModel(Protocol):
         ...
 
 
+class ImageFeatures(Protocol):
+    """A frozen image network's patch features at several depths, differentiable in the images."""
+
+    @property
+    def channels(self) -> Sequence[int]:
+        """[L], the features' D_l"""
+        ...
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] float32 in [0, 1] -> L tensors [B, D_l, h, w] float32."""
+        ...
+
+
 class Judge(Protocol):
     """Decoder and trained rewards in one differentiable call, for methods that learn from a reward's gradient."""
 

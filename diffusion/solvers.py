@@ -12,6 +12,10 @@ returns the clean prediction: there lambda = log(alpha / sigma) is infinite, and
 | dpmpp_2m | 2     | 1                        | Lu et al. 2022, arXiv 2211.01095, algorithm 2 |
 | unipc    | 3     | 1                        | UniPC-2, B(h) = e^-h - 1: Zhao et al. 2023, arXiv 2302.04867 |
 
+`consistency` does not solve the ODE but samples from a few-step student: each step takes the clean prediction and, except for
+the last, noises it again to the next time (multistep consistency sampling: Song et al. 2023, arXiv 2303.01469, algorithm 1). It
+gives what diffusers' FlowMatchLCMScheduler gives on the same grid and noise.
+
 Without its corrector unipc is of order 2 and equals dpmpp_2m.
 
 Starting at pure noise (lambda = -inf) is exact in the multistep methods too. The first step is first order, which stays
@@ -165,6 +169,8 @@ class Solver:
     step: Step
     evaluations: int
     """Network evaluations of one step, except a step to t = 0, which always takes one."""
+    renoises: bool = False
+    """Every step but the last needs fresh noise, which `integrate` adds in place of `step`; see `noisy_steps`."""
 
 
 SOLVERS = {
@@ -172,7 +178,13 @@ SOLVERS = {
     "heun": Solver(heun, 2),
     "dpmpp_2m": Solver(dpmpp_2m, 1),
     "unipc": Solver(unipc, 1),
+    "consistency": Solver(euler, 1, renoises=True),
 }
+
+
+def noisy_steps(solver: Solver, steps: int) -> range:
+    """The steps, 0..S-1, of an S-step solve for which this solver needs fresh noise."""
+    return range(steps - 1) if solver.renoises else range(0)
 
 
 def evaluations(solver: Solver, grid: Tensor, noisy: Collection[int] = ()) -> int:

@@ -49,7 +49,7 @@ class Plan:
     """The adapter that draws where the source is the policy; one of the objective's adapters."""
     group_size: int = 1
     """G, samples of one prompt that are scored against each other."""
-    record: Sequence[int] = ()
+    record: Sequence[int] | Literal["all"] = ()
     """Which states of an S-step solve to keep, as grid indices 0..S; empty keeps the last one."""
     predictions: bool = False
     """Keep the native prediction at the recorded states too."""
@@ -63,11 +63,15 @@ class Plan:
         """The adapter of the solve; None is the frozen network."""
         return self.adapter if self.source == "policy" else None
 
+    def states(self, steps: int) -> list[int]:
+        """The states of an S-step solve to keep, in solving order."""
+        return list(range(steps + 1)) if self.record == "all" else sorted({*self.record}) or [steps]
+
     def check(self, steps: int, adapters: Sequence[str]) -> None:
         """Raises ValueError unless an S-step solve with these adapters can do it."""
         if self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}, allowed is 1 or more")
-        if outside := [i for i in self.record if not 0 <= i <= steps]:
+        if outside := [i for i in self.states(steps) if not 0 <= i <= steps]:
             raise ValueError(f"record has {outside}, allowed are 0 to {steps}, the states of {steps} solver steps")
         if outside := [i for i in self.noisy if not 0 <= i < steps]:
             raise ValueError(f"noisy has {outside}, allowed are 0 to {steps - 1}, the solver's steps")
@@ -200,6 +204,8 @@ class Drawn:
     """[B, 3, H, W] float32 in [0, 1]; None where the plan asks for no scores"""
     nfe: int
     """Network evaluations it took, one for each sample; guidance counts twice, and a stored rollout takes none."""
+    saved: int = 0
+    """Network evaluations that a store saved."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +276,10 @@ class RunSettings:
     """Rewards are standardised inside each group before they are summed, so their scale is lost."""
     staleness: int = 0
     """Versions by which the policy that samples may lag behind the one that learns."""
+    renoises: bool = False
+    """The solver adds fresh noise after each step but the last."""
+    teacher_steps: int | None = None
+    """Solver steps of the frozen teacher's own sampling; None where the experiment has no section `teacher`."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, number: int, seed: int
     return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in places]
 
 
+def passes_of_step(prompts: Sequence[Prompt], step: int, number: int) -> list[int]:
+    """The pass through the set, 0, 1, ..., to which each of the prompts of `prompts_of_step` belongs."""
+    return [place // len(prompts) for place in range((step - 1) * number, step * number)]
+
+
 def _prompt(number: int, row: Mapping[str, Any], columns: Sequence[str], where: str) -> Prompt:
     column = next((name for name in columns if name in row), None)
     if column is None:

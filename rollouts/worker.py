@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from diffusion.grid import time_grid
-from diffusion.guidance import guidance_evaluations, guided
+from diffusion.guidance import guided
 from diffusion.noise import sample_noise, sample_seed
 from diffusion.ode import integrate
 from diffusion.protocols import Generator
-from diffusion.solvers import Solver, evaluations
+from diffusion.solvers import Solver, evaluations, noisy_steps
 from diffusion.types import Condition, Drawn, Group, Plan, Prompt, Rollout, Trajectory
 
 Noise = Callable[[int, Tensor, Tensor], Tensor]
@@ -33,6 +33,27 @@ def seed_groups(prompts: Sequence[Prompt], group_size: int, run_seed: int, itera
         seeds = [sample_seed(run_seed, iteration, prompt.id, time * group_size + i) for i in range(group_size)]
         groups.append(Group(prompt, sample_seed(run_seed, iteration, prompt.id, -1 - time), seeds))
     return groups
+
+
+def seed_teacher_groups(
+    prompts: Sequence[Prompt], passes: Sequence[int], group_size: int, seed: int, noises: int
+) -> list[Group]:
+    """Groups for the frozen teacher: a prompt's noise repeats after `noises` passes through the set, so that a store has it.
+
+    prompts, passes: [M], a step's prompts, and the pass through the prompt set (0, 1, ...) to which each belongs.
+    """
+    groups = []
+    for prompt, number in zip(prompts, passes, strict=True):
+        iteration = 1 + number % noises  # 0 is the held-out iteration
+        seeds = [sample_seed(seed, iteration, prompt.id, i) for i in range(group_size)]
+        groups.append(Group(prompt, sample_seed(seed, iteration, prompt.id, -1), seeds))
+    return groups
+
+
+def guidance_of(group: Group, scales: tuple[float, float]) -> float:
+    """The group's guidance scale, uniform in the range, from a hash of its seed."""
+    low, high = scales
+    return low + (high - low) * sample_seed(group.seed, 0, "guidance", 0) / 2**63
 
 
 def own_noise(draw: int, shared: Tensor, own: Tensor) -> Tensor:
@@ -79,7 +100,7 @@ class Worker:
         solver: Solver,
         grid: Tensor,
         shape: Sequence[int],
-        guidance: float = 1.0,
+        guidance: float | tuple[float, float] = 1.0,
         negative: str = "",
         noise: Noise = own_noise,
         most: int = 16,
@@ -87,7 +108,8 @@ class Worker:
         """Raises ValueError for a grid that is no time grid.
 
         grid: the times of a solve, [S+1]. shape: of one sample's latents.
-        guidance: the scale; 1 is none. negative: the prompt that guidance moves away from.
+        guidance: the scale, 1 is none; or a range from which each group draws its own.
+        negative: the prompt that guidance moves away from.
         most: the largest N. A generator that decodes in slices needs a multiple of a slice, or at most one, for rows to be
         alike.
         """
@@ -95,8 +117,9 @@ class Worker:
         self.solver = solver
         self.grid = time_grid(grid)
         self.shape = tuple(shape)
-        self.guidance = guidance
-        self.negative = None if guidance == 1 else generator.encode([negative])
+        self.guidance = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+        self.guided = self.guidance != (1, 1)
+        self.negative = None if not self.guided else generator.encode([negative])
         self.noise = noise
         self.most = most
 
@@ -112,9 +135,10 @@ class Worker:
         if plan.source == "noise":
             trajectory = Trajectory(noise.unsqueeze(1), self.grid[:1])
         else:
-            fresh = {step: self._noise(groups, step + 1) for step in plan.noisy}
-            trajectory, images = self._solved(noise, fresh, condition[index], plan)
-            nfe = len(index) * evaluations(self.solver, self.grid, plan.noisy) * guidance_evaluations(self.guidance)
+            fresh = {step: self._noise(groups, step + 1) for step in self._noisy(plan)}
+            scales = torch.tensor([guidance_of(group, self.guidance) for group in groups])[index]
+            trajectory, images = self._solved(noise, fresh, scales, condition[index], plan)
+            nfe = len(index) * self.evaluations(plan)
         rollout = Rollout(
             prompts=[group.prompt for group in groups],
             condition=condition,
@@ -124,24 +148,38 @@ class Worker:
         )
         return Drawn(rollout, images, nfe)
 
+    def evaluations(self, plan: Plan) -> int:
+        """Network evaluations of one sample's solve; guidance counts twice."""
+        return evaluations(self.solver, self.grid, self._noisy(plan)) * (2 if self.guided else 1)
+
+    def _noisy(self, plan: Plan) -> list[int]:
+        """The steps that add noise: the plan's and the solver's own."""
+        return sorted({*plan.noisy, *noisy_steps(self.solver, len(self.grid) - 1)})
+
     def _noise(self, groups: Sequence[Group], draw: int) -> Tensor:
         """[B, *shape] float32 on the CPU"""
         return torch.cat([group_noise(group, draw, self.shape, self.noise) for group in groups])
 
     def _solved(
-        self, noise: Tensor, fresh: dict[int, Tensor], condition: Condition, plan: Plan
+        self, noise: Tensor, fresh: dict[int, Tensor], scales: Tensor, condition: Condition, plan: Plan
     ) -> tuple[Trajectory, Tensor | None]:
         """Every sample solved, N rows at a time: the recorded trajectory, and the images if the plan wants them scored."""
         rows, device, last = micro_batch_rows(plan.group_size, self.most), self.generator.device, len(self.grid) - 1
         negative = None if self.negative is None else self.negative.repeat(rows)
-        record = sorted({*(plan.record or [last]), last})
-        kept = len(record) if not plan.record or last in plan.record else len(record) - 1
+        states = plan.states(last)
+        record = sorted({*states, last})
         parts, images = [], []
         for start in range(0, len(noise), rows):
             number = min(rows, len(noise) - start)
             filled = start + torch.arange(rows).clamp(max=number - 1)
             solve = integrate(
-                guided(self.generator, condition[filled], adapter=plan.drawing_adapter, scale=self.guidance, negative=negative),
+                guided(
+                    self.generator,
+                    condition[filled],
+                    adapter=plan.drawing_adapter,
+                    scale=self._scale(scales[filled]),
+                    negative=negative,
+                ),
                 noise[filled].to(device),
                 self.grid,
                 self.generator.path,
@@ -153,5 +191,10 @@ class Worker:
             if plan.scored:
                 images.append(self.generator.decode(solve.x[:, -1])[:number])
             prediction = None if solve.prediction is None else solve.prediction[:number]
-            parts.append(Trajectory(solve.x[:number, :kept], solve.t[:kept], prediction))
+            parts.append(Trajectory(solve.x[:number, : len(states)], solve.t[: len(states)], prediction))
         return Trajectory.cat(parts), torch.cat(images) if plan.scored else None
+
+    def _scale(self, scales: Tensor) -> float | Tensor:
+        """One number where all groups share it."""
+        low, high = self.guidance
+        return low if low == high else scales

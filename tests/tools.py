@@ -2,7 +2,9 @@
 
 import torch
 
-from diffusion import SOLVERS, RectifiedFlow, Tools
+from diffusion import SOLVERS, RectifiedFlow, Teacher, Tools
+
+ODE_SOLVERS = [name for name, solver in SOLVERS.items() if not solver.renoises]
 
 
 def never_judged(latents, prompts):
@@ -19,6 +21,16 @@ def tools(
     grid=None,
     judge=never_judged,
     codec=None,
+    teacher_grid=None,
+    features=None,
 ):
+    """The teacher is `predict` with adapter None, without guidance."""
     grid = torch.linspace(1, 0, 6, dtype=torch.float64) if grid is None else grid
-    return Tools(step, predict, path or RectifiedFlow(), solver, grid, judge, codec, torch.Generator().manual_seed(seed))
+    teacher = Teacher(
+        lambda x, t, condition, scale: predict(x, t, condition, None),
+        SOLVERS["euler"],
+        grid if teacher_grid is None else teacher_grid,
+        (1.0, 1.0),
+    )
+    rng = torch.Generator().manual_seed(seed)
+    return Tools(step, predict, path or RectifiedFlow(), solver, grid, judge, codec, rng, teacher, features)

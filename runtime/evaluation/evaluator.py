@@ -17,7 +17,7 @@ from rewards.wrappers import image_features
 from rollouts.worker import micro_batch_rows
 from runtime.evaluation.evaluated import SHOWN, Evaluated
 from runtime.evaluation.statistics import IMAGES_PER_PROMPT, distances
-from runtime.experiment.config import SamplingSection, Task
+from runtime.experiment.config import SamplingSection, Task, TeacherSection
 from runtime.roles.build import in_children, new_worker, resolve_embedded, trained_reward
 from runtime.roles.scoring import pixels, score_in_batches
 
@@ -25,13 +25,23 @@ from runtime.roles.scoring import pixels, score_in_batches
 class Evaluator:
     """Samples held-out images and scores them with every reward: the trained mixture and those that are only logged."""
 
-    def __init__(self, task: Task, generator: Generator, sampling: SamplingSection, isolated: Isolated | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        generator: Generator,
+        sampling: SamplingSection,
+        isolated: Isolated | None = None,
+        teacher: TeacherSection | None = None,
+    ) -> None:
         """sampling: the task's own section, or another one, e.g. to evaluate with another solver.
 
         isolated: runs scorers with an environment of their own; in child processes unless given.
+        teacher: how the frozen teacher samples, with the middle of its guidance range; None: as the adapters do.
         """
         isolated = isolated or in_children(task)
-        self.worker = new_worker(task, generator, sampling)
+        self.worker = self.teacher = new_worker(task, generator, sampling)
+        if teacher is not None:
+            self.teacher = new_worker(task, generator, teacher, guidance=sum(teacher.guidance_range) / 2)
         self.trained_reward = trained_reward(task, isolated)
         logged = [{**entry, "weight": 1.0} for entry in task.rewards.heldout if entry["label"] not in task.trained_labels]
         self.logged_reward = build(resolve_embedded(logged), "rewards.heldout", isolated) if logged else None
@@ -40,7 +50,7 @@ class Evaluator:
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
         """groups: of IMAGES_PER_PROMPT samples. adapter: None is the teacher."""
         plan = Plan(source="policy" if adapter else "teacher", adapter=adapter or "policy", group_size=IMAGES_PER_PROMPT)
-        drawn = self.worker.take(groups, plan)
+        drawn = (self.worker if adapter else self.teacher).take(groups, plan)
         images, prompts = drawn.images, drawn.rollout.sample_prompts
         assert images is not None
         rows = micro_batch_rows(IMAGES_PER_PROMPT, self.worker.most)

@@ -38,6 +38,8 @@ class Batch:
     seconds: Mapping[str, float]
     """{rollout, reward}, each the maximum over workers"""
     payload: Any
+    saved: int = 0
+    """Network evaluations that a store saved."""
 
 
 class Executor(Protocol):
@@ -71,7 +73,7 @@ class Executor(Protocol):
 def summary_of(sampled: Sampled) -> Batch:
     """The numbers of one worker's rollouts, without the payload."""
     scores = None if sampled.scores is None else sampled.scores.to("cpu")
-    return Batch(scores, sampled.rollout.version, sampled.nfe, sampled.seconds, payload=None)
+    return Batch(scores, sampled.rollout.version, sampled.nfe, sampled.seconds, None, sampled.saved)
 
 
 def joined(parts: Sequence[Batch], payload: Any) -> Batch:
@@ -82,6 +84,7 @@ def joined(parts: Sequence[Batch], payload: Any) -> Batch:
         scores=Scores.cat(scores) if scores else None,
         version=parts[0].version,
         nfe=sum(part.nfe for part in parts),
+        saved=sum(part.saved for part in parts),
         seconds={key: max(part.seconds[key] for part in parts) for key in parts[0].seconds},
         payload=payload,
     )

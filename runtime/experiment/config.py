@@ -114,6 +114,31 @@ class SamplingSection(Section):
         return one_of(value, SOLVERS)
 
 
+class TeacherSection(SamplingSection):
+    """How the frozen teacher samples: trajectories that are distilled, and the baseline of evaluations."""
+
+    solver: str = Field("euler", description=f"of the sampling ODE: {', '.join(SOLVERS)}")
+    steps: int = Field(20, ge=1, description="solver steps")
+    guidance: Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = Field(
+        1.0, description="classifier-free guidance scale, 1 is none; or [low, high], from which each trajectory draws its own"
+    )
+    noises: int = Field(1, ge=1, description="trajectories of each training prompt, one for each pass; then they repeat")
+    seed: int = Field(0, ge=0, description="of the trajectories' noise; runs with the same one share stored trajectories")
+    store: str | None = Field("trajectories", description="folder of the trajectory store; null: draw again every time")
+    store_limit: float = Field(50.0, gt=0, description="size in GB at which the store takes no more trajectories")
+
+    @field_validator("guidance")
+    @classmethod
+    def _a_range(cls, value: float | tuple[float, float]) -> float | tuple[float, float]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"is {list(value)}, allowed are a number, or two that do not decrease")
+        return value
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
+
+
 class RolloutsSection(SamplingSection):
     workers: int = Field(1, ge=1, description="rollout workers; results do not depend on their number")
     groups_per_step: int = Field(16, ge=1, description="prompts in one training step")
@@ -213,14 +238,32 @@ class Experiment(Task):
 
     lora: LoraSection = LoraSection()
     rollouts: RolloutsSection = RolloutsSection()
+    teacher: TeacherSection | None = Field(
+        None, description="how the frozen teacher samples; default: as `rollouts` and `generator.guidance` state"
+    )
     objective: AnyObjective
     optimizer: OptimizerSection = OptimizerSection()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
         standardized = self.rewards.multi_objective_aggregation == "normalize_then_sum"
-        self.objective.check(RunSettings(self.rollouts.steps, standardized, self.rollouts.staleness))
+        settings = RunSettings(
+            steps=self.rollouts.steps,
+            standardized_rewards=standardized,
+            staleness=self.rollouts.staleness,
+            renoises=SOLVERS[self.rollouts.solver].renoises,
+            teacher_steps=None if self.teacher is None else self.teacher.steps,
+        )
+        self.objective.check(settings)
         return self
+
+    @property
+    def teacher_sampling(self) -> TeacherSection:
+        """The section `teacher`, or what stands for it: the policy's own sampling, nothing stored."""
+        if self.teacher is not None:
+            return self.teacher
+        own = self.rollouts.model_dump(include=set(SamplingSection.model_fields))
+        return TeacherSection(**own, guidance=self.generator.guidance, store=None)
 
 
 def new_objective(experiment: Experiment) -> Objective:

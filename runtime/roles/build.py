@@ -17,10 +17,12 @@ from diffusion import (
     Generator,
     Objective,
     Predict,
+    Source,
+    Teacher,
     adapter_names,
     guided,
 )
-from generators import embedded, load
+from generators import embedded, load, resolve, weights_hash
 from generators.lora_file import load_lora
 from rewards import Isolated, build
 from rewards.mixture import Mixture
@@ -102,6 +104,44 @@ def micro_batch(task: Task, generator: Generator) -> int:
     return max(1, min(64, TOKENS_OF_A_BATCH // generator.tokens(task.generator.height, task.generator.width)))
 
 
+def new_teacher(experiment: Experiment, generator: Generator, predict: Predict) -> Teacher:
+    """The frozen teacher with its own sampling, for objectives. predict: the network, which may count."""
+    section, negative = experiment.teacher_sampling, generator.encode([""])
+
+    def evaluate(x: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Tensor:
+        one: float | Tensor = scale if (scale != 1).any() else 1.0
+        return guided(predict, condition, adapter=None, scale=one, negative=negative.repeat(len(condition)))(x, t)
+
+    return Teacher(evaluate, SOLVERS[section.solver], time_grid(experiment, generator, section), section.guidance_range)
+
+
+def new_teacher_source(experiment: Experiment, generator: Generator) -> Source:
+    """Where the teacher's rollouts come from: the experiment's trajectory store, and a worker for those it lacks."""
+    section = experiment.teacher_sampling
+    worker = new_worker(experiment, generator, section, guidance=section.guidance_range)
+    if section.store is None:
+        return worker
+    from rollouts.store import Stored, TrajectoryStore  # imports pyarrow
+
+    store = TrajectoryStore(Path(section.store), int(section.store_limit * 10**9))
+    return Stored(worker, store, identity_of_teacher(experiment, worker))
+
+
+def identity_of_teacher(experiment: Experiment, worker: Worker) -> dict[str, Any]:
+    """Everything that determines a stored trajectory, except its prompt and seed."""
+    source, section = experiment.generator, experiment.teacher_sampling
+    return {
+        "weights": weights_hash(resolve(source.weights, source.family)),
+        "family": source.family,
+        "dtype": source.dtype,
+        "solver": section.solver,
+        "grid": worker.grid.tolist(),
+        "guidance": list(section.guidance_range),
+        "negative": "",
+        "shape": list(worker.shape),
+    }
+
+
 def with_guidance(predict: Predict, scale: float, negative: Condition, detach_negative: bool = False) -> Predict:
     """The network with guidance, as a network: objectives train it, since guidance is part of the sampler; see `guided`."""
     if scale == 1:
@@ -120,15 +160,24 @@ def time_grid(task: Task, generator: Generator, sampling: SamplingSection) -> Te
     return generator.time_grid(sampling.steps, section.height, section.width, sampling.shift, sampling.spacing == "even")
 
 
-def new_worker(task: Task, generator: Generator, sampling: SamplingSection, **options: Any) -> Worker:
-    """A rollout worker with the section's settings: the task's own section, or another one to sample differently."""
+def new_worker(
+    task: Task,
+    generator: Generator,
+    sampling: SamplingSection,
+    guidance: float | tuple[float, float] | None = None,
+    **options: Any,
+) -> Worker:
+    """A rollout worker with the section's settings: the task's own section, or another one to sample differently.
+
+    guidance: default: the generator section's.
+    """
     section = task.generator
     return Worker(
         generator,
         solver=SOLVERS[sampling.solver],
         grid=time_grid(task, generator, sampling),
         shape=generator.latent_shape(section.height, section.width),
-        guidance=section.guidance,
+        guidance=section.guidance if guidance is None else guidance,
         most=micro_batch(task, generator),
         **options,
     )

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from runtime.roles.ranks import OneRank, Ranks
 
 MAXIMUM = "max"
 """A metric whose last word begins with this is a maximum over micro-batches and updates; the others are means over rows."""
+STATE = "objective"
+"""The file name of an objective's state in checkpoints."""
 RENAMED = {"ema": "average"}
 """{adapter: its file name in checkpoints of earlier versions}"""
 
@@ -52,10 +55,12 @@ class Learner:
         micro_batch: int,
         memory: PeakMemory,
         ranks: Ranks | None = None,
+        state: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """players: the first one's loss and gradient norm are the run's `loss` and `grad_norm`; others' carry their name.
 
         followers: {name: (leader and decay, its parameters)}. steps: of the run, for schedules. micro_batch: the largest N.
+        state: the objective's own tensors, saved and loaded with the players.
         """
         self.players = players
         self.followers = followers
@@ -63,6 +68,7 @@ class Learner:
         self.micro_batch = micro_batch
         self.memory = memory
         self.ranks: Ranks = ranks or OneRank()
+        self.state = state
         self.optimizers = {
             name: torch.optim.AdamW(
                 player.parameters.values(),
@@ -181,7 +187,8 @@ class Learner:
     def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """{player or follower: its tensors}"""
         players = {name: {**player.parameters, **player.buffers} for name, player in self.players.items()}
-        return {**players, **{name: parameters for name, (_, parameters) in self.followers.items()}}
+        followers = {name: parameters for name, (_, parameters) in self.followers.items()}
+        return {**players, **followers, **({STATE: self.state} if self.state else {})}
 
 
 @torch.no_grad()

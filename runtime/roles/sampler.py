@@ -15,7 +15,7 @@ from rollouts.worker import micro_batch_rows
 from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.evaluator import Evaluator
 from runtime.experiment.config import Experiment, new_objective
-from runtime.roles.build import new_generator_with_adapters, new_worker
+from runtime.roles.build import new_generator_with_adapters, new_teacher_source, new_worker
 from runtime.roles.scoring import score_in_batches
 
 
@@ -27,6 +27,8 @@ class Sampled:
     scores: Scores | None
     """None if the plan has `scored: False`"""
     nfe: int
+    saved: int
+    """Network evaluations that a store saved."""
     seconds: Mapping[str, float]
     """{rollout, reward}"""
 
@@ -45,9 +47,13 @@ class Sampler:
         objective = new_objective(experiment)
         self.generator = generator or new_generator_with_adapters(experiment, objective)
         worker = new_worker(experiment, self.generator, experiment.rollouts, noise=objective.noise)
-        self.sources: Mapping[str, Source] = {"policy": worker, "teacher": worker, "noise": worker}
+        self.sources: Mapping[str, Source] = {
+            "policy": worker,
+            "teacher": new_teacher_source(experiment, self.generator),
+            "noise": worker,
+        }
         """{`Plan.source`: where its rollouts come from}"""
-        self.evaluator = Evaluator(experiment, self.generator, experiment.rollouts, isolated)
+        self.evaluator = Evaluator(experiment, self.generator, experiment.rollouts, isolated, experiment.teacher_sampling)
         self.most = worker.most
 
     def write(self, weights: Mapping[str, AdapterWeights]) -> None:
@@ -62,10 +68,11 @@ class Sampler:
         rollout = drawn.rollout if plan.source == "teacher" else replace(drawn.rollout, version=version)
         seconds = time.perf_counter() - start
         if drawn.images is None:
-            return Sampled(rollout, None, drawn.nfe, {"rollout": seconds, "reward": 0.0})
+            return Sampled(rollout, None, drawn.nfe, drawn.saved, {"rollout": seconds, "reward": 0.0})
         rows = micro_batch_rows(plan.group_size, self.most)
         scores = score_in_batches(self.evaluator.trained_reward, drawn.images, rollout.sample_prompts, rows)
-        return Sampled(rollout, scores, drawn.nfe, {"rollout": seconds, "reward": time.perf_counter() - start - seconds})
+        taken = {"rollout": seconds, "reward": time.perf_counter() - start - seconds}
+        return Sampled(rollout, scores, drawn.nfe, drawn.saved, taken)
 
     def evaluate(self, groups: Sequence[Group], adapter: str | None) -> Evaluated:
         return self.evaluator.evaluate(groups, adapter)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from generators.features import load_features
 from torch import Tensor
 
 from diffusion import (
@@ -29,6 +30,7 @@ from runtime.experiment.config import Experiment, new_objective
 from runtime.roles.build import (
     micro_batch,
     new_generator_with_adapters,
+    new_teacher,
     roles_of_adapters,
     time_grid,
     trained_reward,
@@ -47,6 +49,8 @@ class Update:
     """network evaluations with gradient, counted per sample; guidance counts twice"""
     without: int
     """network evaluations without gradient, counted in the same way"""
+    frozen: int
+    """those of the frozen network among them, with guidance"""
 
 
 class Counted:
@@ -56,12 +60,19 @@ class Counted:
         self.predict = predict
         self.with_gradient = 0
         self.without = 0
+        self.frozen = 0
+
+    def counts(self) -> tuple[int, int, int]:
+        """(with gradient, without, of the frozen network)"""
+        return self.with_gradient, self.without, self.frozen
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition, adapter: str | None) -> Tensor:
         if torch.is_grad_enabled():
             self.with_gradient += len(x)
         else:
             self.without += len(x)
+        if adapter is None:
+            self.frozen += len(x)
         return self.predict(x, t, condition, adapter)
 
 
@@ -89,6 +100,9 @@ class Trainer:
         self.counted = Counted(self.generator)
         scale, negative = experiment.generator.guidance, self.generator.encode([""])
         self.predict = with_guidance(self.counted, scale, negative, self.objective.detach_negative)
+        self.teacher = new_teacher(experiment, self.generator, self.counted)
+        features = self.objective.features
+        self.features = None if features is None else load_features(features, device=self.generator.device)
         self.grid = time_grid(experiment, self.generator, experiment.rollouts)
         self.learner = Learner(
             self._players(),
@@ -96,6 +110,7 @@ class Trainer:
             steps=experiment.run.steps,
             micro_batch=micro_batch(experiment, self.generator),
             memory=self.memory,
+            state=self.objective.state,
         )
 
     def _players(self) -> dict[str, Player]:
@@ -135,17 +150,19 @@ class Trainer:
             judge=self.judge,
             codec=self.generator,
             rng=torch.Generator().manual_seed(sample_seed(self.experiment.seed, step, "items", 0)),
+            teacher=self.teacher,
+            features=self.features,
         )
 
     def update(self, step: int, rollouts: Sequence[Rollout], credit: Tensor | None) -> Update:
         """One training step, numbered from 1, on rollouts in their order; credit [B] over all of them."""
-        before = self.counted.with_gradient, self.counted.without
+        before = self.counted.counts()
         rollout, tools = Rollout.cat(rollouts).to(self.generator.device), self.tools(step)
         items = self.objective.items(rollout, credit, tools)
         metrics = self.learner.update(step, self.objective.turns(step, items), self.objective.loss, tools)
         if self.experiment.objective.needs_reward_gradient and len(items) and "reward/total" not in metrics:
             raise RewardError(f"no image of step {step} has a score; see the rewards' messages above, or in Ray's logs")
-        return Update(metrics, self.counted.with_gradient - before[0], self.counted.without - before[1])
+        return Update(metrics, *(now - then for now, then in zip(self.counted.counts(), before, strict=True)))
 
     def read(self) -> dict[str, AdapterWeights]:
         """Every adapter, in the form that samplers take."""

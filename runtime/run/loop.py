@@ -17,8 +17,8 @@ from torch import Tensor
 
 from diffusion import Group, Objective, Prompt, Scores
 from rewards.mixture import normalized_then_summed
-from rollouts.prompts import prompts_of_step
-from rollouts.worker import seed_groups
+from rollouts.prompts import passes_of_step, prompts_of_step
+from rollouts.worker import seed_groups, seed_teacher_groups
 from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.heldout import baseline, evaluation_metrics, heldout_groups, save_samples
 from runtime.evaluation.statistics import reward_metrics
@@ -39,6 +39,7 @@ class Progress:
     nfe_rollout: int = 0
     nfe_train: int = 0
     nfe_teacher: int = 0
+    nfe_saved: int = 0
     best_step: int | None = None
     best: float | None = None
 
@@ -81,6 +82,7 @@ def run(
             clock.append(time.perf_counter())
             progress.nfe_rollout += batch.nfe + update.without
             progress.nfe_train += update.with_gradient
+            progress.nfe_saved += batch.saved
             line: dict[str, Any] = {
                 **update.metrics,
                 **rewards,
@@ -89,6 +91,8 @@ def run(
                 **times(clock, batch.seconds),
                 "staleness/max": 0 if batch.version is None else step - 1 - batch.version,
             }
+            if progress.nfe_saved:
+                line["nfe/saved"] = progress.nfe_saved
             if step % experiment.run.evaluate_every == 0 or step == last:
                 line |= evaluate(experiment, folder, executor, groups, teacher, step, progress)
             progress.step, progress.seconds = step, time.monotonic() - started
@@ -107,8 +111,13 @@ def run(
 def work_of_step(experiment: Experiment, objective: Objective, train: Sequence[Prompt], step: int) -> Work:
     """A step's groups, and the version that samples them: the one before the step, or `staleness` versions earlier."""
     plan = objective.plan(step, experiment.rollouts.steps)
-    prompts = prompts_of_step(train, step, experiment.rollouts.groups_per_step, experiment.seed)
-    groups = seed_groups(prompts, plan.group_size, experiment.seed, step)
+    number, teacher = experiment.rollouts.groups_per_step, experiment.teacher_sampling
+    prompts = prompts_of_step(train, step, number, experiment.seed)
+    if plan.source == "teacher":
+        passes = passes_of_step(train, step, number)
+        groups = seed_teacher_groups(prompts, passes, plan.group_size, teacher.seed, teacher.noises)
+    else:
+        groups = seed_groups(prompts, plan.group_size, experiment.seed, step)
     return Work(step, groups, plan, version=max(0, step - 1 - experiment.rollouts.staleness))
 
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 import torch
 import yaml
 
-from diffusion import SOLVERS, evaluations, guidance_evaluations
+from diffusion import SOLVERS, Plan, evaluations, guidance_evaluations, noisy_steps
 from generators import resolve
 from generators.outline import Outline
 from runtime.experiment.checks import shape_of_adapter
-from runtime.experiment.config import Experiment, new_objective
+from runtime.experiment.config import Experiment, SamplingSection, new_objective
 from runtime.roles.build import roles_of_adapters
 
 OTHERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 """The networks of a pipeline folder other than the transformer."""
+
+
+def drawn_evaluations(experiment: Experiment, plan: Plan) -> int:
+    """Network evaluations of one image's solve by a worker; a stored trajectory needs none."""
+    if plan.source not in ("policy", "teacher"):
+        return 0
+    sampling: SamplingSection = experiment.teacher_sampling if plan.source == "teacher" else experiment.rollouts
+    teachers = plan.source == "teacher" and experiment.teacher_sampling.guidance_range != (1, 1)
+    students = plan.source == "policy" and experiment.generator.guidance != 1
+    solver, grid = SOLVERS[sampling.solver], torch.linspace(1, 0, sampling.steps + 1)
+    return evaluations(solver, grid, [*plan.noisy, *noisy_steps(solver, sampling.steps)]) * (2 if teachers or students else 1)
 
 
 def plan_text(experiment: Experiment, executor: str, generator: Outline) -> str:
@@ -24,9 +35,8 @@ def plan_text(experiment: Experiment, executor: str, generator: Outline) -> str:
     solver, grid = SOLVERS[rollouts.solver], torch.linspace(1, 0, rollouts.steps + 1)
     factor = guidance_evaluations(experiment.generator.guidance)
     images = rollouts.groups_per_step * plan.group_size
-    drawn = images * evaluations(solver, grid, plan.noisy) if plan.source in ("policy", "teacher") else 0
     cost = experiment.objective.cost(solver, grid)
-    without = (drawn + rollouts.groups_per_step * cost.without) * factor
+    without = images * drawn_evaluations(experiment, plan) + rollouts.groups_per_step * cost.without * factor
     with_gradient = rollouts.groups_per_step * cost.with_gradient * factor
     rank, layers = shape_of_adapter(experiment, generator)
     adapters = len(roles_of_adapters(experiment, objective)) * rank * sum(sum(generator.linear[layer]) for layer in layers)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from align.alignprop import AlignProp, AlignPropConfig
-from align.direct import DirectRows, judged, reward_loss, rollout_with_gradient, rows_of
+from align.direct import DirectRows, rollout_with_gradient, rows_of
 from align.draft import DRaFT, DRaFTConfig
 from align.drtune import DRTune, DRTuneConfig, draw_steps, equally_spaced, starts
 from align.refl import ReFL, ReFLConfig
@@ -27,6 +27,7 @@ from diffusion import (
     prediction_coefficients,
     stop_early,
 )
+from diffusion.rewarded import judged, reward_loss
 from tests.tools import tools as tools_around
 
 T = 10
@@ -115,7 +116,7 @@ def explicit_sum(network, some, solver, path):
 @pytest.mark.parametrize(("trained", "stop"), [((0, 3, 6), 9), ((1, 4, 7), 7), ((2, 5), 8), ((0,), 9), (range(10), 9)])
 def test_the_gradient_is_the_explicit_sum(solver, path, trained, stop):
     network, some = Network(), rows(trained, stop)
-    loss = judged(drtuned(network, some, solver, path), some, tools(network, path, solver), None)
+    loss = judged(drtuned(network, some, solver, path), some.prompts, tools(network, path, solver), None)
     torch.testing.assert_close(gradient(loss.value, network), explicit_sum(network, some, solver, path), rtol=1e-10, atol=1e-12)
 
 
@@ -240,8 +241,8 @@ def test_the_number_of_trained_steps():
 
 
 def test_a_step_without_trained_steps_has_no_rows():
-    assert len(rows_of(rollout(), (8, 9), 7)) == 0
-    assert rows_of(rollout(), (3, 6, 9), 7).trained_steps == (3, 6)
+    assert len(rows_of(rollout(), (8, 9), 7, tools())) == 0
+    assert rows_of(rollout(), (3, 6, 9), 7, tools()).trained_steps == (3, 6)
 
 
 # The methods
@@ -265,7 +266,9 @@ def test_refl_is_drtune_with_the_stop_alone_trained(solver, path):
     assert items.trained_steps == (items.stop,)
     assert items.stop in (8, 9)
     some = replace(rows((items.stop,), items.stop))
-    expected = gradient(judged(drtuned(network, some, solver, path), some, tools(network, path, solver), None).value, network)
+    expected = gradient(
+        judged(drtuned(network, some, solver, path), some.prompts, tools(network, path, solver), None).value, network
+    )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -274,7 +277,9 @@ def test_draft_1_is_drtune_with_the_last_step_trained_and_no_early_stop(solver, 
     got, items = loss_gradient(DRaFT(DRaFTConfig()), network, path, solver=solver)
     assert (items.trained_steps, items.stop) == ((T - 1,), T - 1)
     some = rows((T - 1,))
-    expected = gradient(judged(drtuned(network, some, solver, path), some, tools(network, path, solver), None).value, network)
+    expected = gradient(
+        judged(drtuned(network, some, solver, path), some.prompts, tools(network, path, solver), None).value, network
+    )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -374,7 +379,7 @@ def test_images_without_a_score_are_excluded():
         total = torch.where(torch.tensor([True, False, True]), latents[:, 0], torch.nan)
         return Scores(total, {"a": total, "b": torch.full((3,), torch.nan)}, {"length": torch.ones(3)})
 
-    loss = judged(latents, rows((), number=3), tools(judge=sometimes), None)
+    loss = judged(latents, rows((), number=3).prompts, tools(judge=sometimes), None)
     known = {name: count.item() for name, count in loss.known.items()}
     assert known == {"reward/total": 2, "reward/a": 2, "reward/b": 0, "extra/length": 3}
     means = {name: value.item() for name, value in loss.metrics.items() if known[name]}
@@ -382,13 +387,13 @@ def test_images_without_a_score_are_excluded():
     loss.value.backward()
     assert latents.grad.flatten().tolist() == pytest.approx([-1 / 3, 0.0, -1 / 3])
 
-    hinged = judged(latents, rows((), number=3), tools(judge=sometimes), 2.0)
+    hinged = judged(latents, rows((), number=3).prompts, tools(judge=sometimes), 2.0)
     assert hinged.value.item() == pytest.approx(1 / 3), "max(0, 2 - 1), excluded, max(0, 2 - 3)"
 
     def never(latents, prompts):
         return Scores(torch.where(torch.ones(3) > 0, torch.nan, latents[:, 0]), {})
 
-    loss = judged(latents, rows((), number=3), tools(judge=never), None)
+    loss = judged(latents, rows((), number=3).prompts, tools(judge=never), None)
     assert loss.value.item() == 0
     assert torch.autograd.grad(loss.value, latents)[0].abs().max() == 0
 

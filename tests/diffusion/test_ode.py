@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusion import SOLVERS, RectifiedFlow, VariancePreserving, evaluations, integrate, prediction_coefficients, stop_early
+from tests.tools import ODE_SOLVERS
 
 F64 = torch.float64
 TABLE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2, 0)
@@ -31,7 +32,7 @@ def grid(request):
     return GRIDS[request.param]
 
 
-@pytest.fixture(params=SOLVERS)
+@pytest.fixture(params=ODE_SOLVERS)
 def solver(request):
     return SOLVERS[request.param]
 
