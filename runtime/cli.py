@@ -148,14 +148,16 @@ def evaluate(
     rewards: Annotated[
         list[str] | None, typer.Option(help="additional rewards: comma-separated names, or {name: NAME, knob: VALUE}")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="solver steps; default: the experiment's")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="solver steps, or several numbers of them, as in 1,2,4; default: the experiment's")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="solver; default: the experiment's")] = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Compare the trained adapter with the frozen teacher on the same prompts and noise."""
     from runtime.finished.verbs import evaluate_run
 
-    _table(evaluate_run(run_dir, prompts, rewards or [], steps, solver, allow_code))
+    _table(evaluate_run(run_dir, prompts, rewards or [], _numbers("--steps", steps), solver, allow_code))
 
 
 @app.command()
@@ -247,6 +249,16 @@ def schema() -> None:
     from runtime.experiment.config import Experiment
 
     print(json.dumps(Experiment.model_json_schema(), indent=2))
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """Comma-separated positive integers."""
+    from runtime.experiment.config import InputError
+
+    parts = [] if text is None else text.split(",")
+    if bad := [part for part in parts if not part.strip().isdecimal() or int(part) < 1]:
+        raise InputError(f"{option} {bad[0]!r}: is not a number; allowed: positive integers, separated by commas")
+    return [int(part) for part in parts]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -78,13 +78,18 @@ def evaluate_run(
     run_dir: Path,
     prompts: str | None,
     rewards: Sequence[str],
-    steps: int | None,
+    steps: Sequence[int],
     solver: str | None,
     allow_code: bool = False,
 ) -> list[dict[str, str]]:
-    """One row for each reward: the teacher's mean and the trained adapter's on the same noise. rewards: see `more_rewards`."""
+    """One row for each reward: the teacher's mean and the trained adapter's on the same noise. rewards: see `more_rewards`.
+
+    steps: numbers of solver steps, each with a column of its own; empty: the experiment's. The teacher samples as the
+    experiment's section `teacher` states, and without one as the adapter does, at the first number of steps.
+    """
     experiment, folder = read_run(run_dir, allow_code=allow_code)
-    rollouts = changed_rollouts(experiment, steps=steps, solver=solver)
+    numbers = list(steps) or [experiment.rollouts.steps]
+    samplings = {number: changed_rollouts(experiment, steps=number, solver=solver) for number in numbers}
     experiment = more_rewards(experiment, rewards, allow_code)
     try:
         check_rewards(resolve_embedded(experiment.all_rewards))
@@ -94,19 +99,26 @@ def evaluate_run(
     if len(texts) < 2:
         raise InputError(f"{prompts or experiment.prompts.heldout}: has one prompt; at least 2 are needed")
     generator, _ = trained_generator(experiment, folder)
-    evaluator = Evaluator(experiment, generator, rollouts)
     number = len(texts) if prompts else experiment.prompts.heldout_number
     groups = heldout_groups(texts[:number], experiment.seed)
-    base, result = evaluator.evaluate(groups, None), evaluator.evaluate(groups, evaluated_adapter(experiment))
-    line = heldout_metrics(result, base)
-    rows = [
-        {"reward": label, "teacher": f"{line[f'heldout/base/{label}']:.4f}", "trained": f"{line[f'heldout/{label}']:.4f}"}
-        for label in result.scores
-    ]
-    rows.append({"reward": "win rate of total", "teacher": "", "trained": f"{line['heldout/win_rate']:.3f}"})
-    rows.append({"reward": "standard error of the gain", "teacher": "", "trained": f"{line['heldout/total_se']:.4f}"})
-    rows.append({"reward": "diversity", "teacher": f"{base.diversity:.4f}", "trained": f"{result.diversity:.4f}"})
-    return rows
+    columns: dict[str, dict[str, str]] = {}
+    base = None
+    for count, sampling in samplings.items():
+        evaluator = Evaluator(experiment, generator, sampling, teacher=experiment.teacher)
+        if base is None:
+            base = evaluator.evaluate(groups, None)
+        result = evaluator.evaluate(groups, evaluated_adapter(experiment))
+        line = heldout_metrics(result, base)
+        columns.setdefault("teacher", {label: f"{line[f'heldout/base/{label}']:.4f}" for label in result.scores})
+        columns["teacher"]["diversity"] = f"{base.diversity:.4f}"
+        columns["trained" if len(samplings) == 1 else f"trained, {count} steps"] = {
+            **{label: f"{line[f'heldout/{label}']:.4f}" for label in result.scores},
+            "win rate of total": f"{line['heldout/win_rate']:.3f}",
+            "standard error of the gain": f"{line['heldout/total_se']:.4f}",
+            "diversity": f"{result.diversity:.4f}",
+        }
+    labels = list(list(columns.values())[-1])
+    return [{"reward": label, **{name: column.get(label, "") for name, column in columns.items()}} for label in labels]
 
 
 def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool) -> Experiment:

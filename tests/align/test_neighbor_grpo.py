@@ -655,3 +655,63 @@ def test_it_learns_from_a_reward_without_gradient(updates):
             optimizer.step()
     assert sum(curve[:5]) / 5 < 0.5
     assert sum(curve[-5:]) / 5 > 3  # it is 4.5, and 5.3 with two updates
+
+
+def test_with_a_solver_that_adds_noise_the_training_step_ends_at_the_anchors_next_state():
+    """The ratios start at 1 and the gradient is that of the re-noised state with its own noise, by finite differences."""
+    network = Network(moved=0.3)
+    algorithm = objective(group_size=6, anchors=3, train_steps=2)
+    grid, groups, size = torch.linspace(1, 0, 4, dtype=F64), 2, 6
+    drawn = [Group(PROMPT, 5 + m, list(range(10 * m, 10 * m + size))) for m in range(groups)]
+
+    def noise(step):
+        return torch.cat([group_noise(group, step, (3,), algorithm.noise) for group in drawn]).double()
+
+    fresh = {0: noise(1), 1: noise(2)}
+    means = Condition({"mean": torch.linspace(-0.5, 0.5, groups, dtype=F64)})
+    group = torch.arange(groups).repeat_interleave(size)
+    solver = SOLVERS["consistency"]
+
+    def predict(x, t):
+        return network(x, t, means[group], "policy")
+
+    with torch.no_grad():
+        solve = integrate(predict, noise(0), grid, PATHS["flow"], solver, record=range(4), noise=fresh)
+    rollout = Rollout([PROMPT] * groups, means, group, group, solve, 0)
+    given = tools(network, PATHS["flow"], solver=solver, grid=grid)
+    rows = algorithm.items(rollout, algorithm.credit(scored(rollout)), given)
+    assert set(rows.step.tolist()) == {0, 1, 2}
+    loss = algorithm.loss("policy", rows, given)
+    assert metrics_of(loss)["ratio/max_log"] == 0
+    found = gradient(loss.value, network)
+
+    def value(parameters):
+        """-J of each row with the noise written out; the old policy is the one that drew."""
+        nn.utils.vector_to_parameters(parameters, network.parameters())
+        source, prediction = rows.evaluate(network, "policy")
+        t, s = rows.t[rows.step], rows.t[rows.step + 1]
+        clean = source - t.reshape(-1, 1) * prediction
+        own = [
+            fresh[int(i)][int(g) * size + int(k)] if i < 2 else 0 * clean[0]
+            for i, g, k in zip(rows.step, rows.group, rows.anchor, strict=True)
+        ]
+        y = (1 - s).reshape(-1, 1) * clean + s.reshape(-1, 1) * torch.stack(own)
+        log_pi = log_policy(rows.x[rows.group, :, rows.step + 1], y, algorithm.config.temperature)
+        return log_pi, rows.advantages[rows.group]
+
+    start = nn.utils.parameters_to_vector(network.parameters()).detach()
+    with torch.no_grad():
+        old = value(start)[0]
+        slopes = []
+        for i in range(len(start)):
+            step = torch.zeros_like(start)
+            step[i] = 1e-6
+            sides = []
+            for sign in (1, -1):
+                log_pi, advantages = value(start + sign * step)
+                sides.append(-(advantages * (log_pi - old).exp()).mean())
+            slopes.append((sides[0] - sides[1]) / 2e-6)
+        value(start)
+    torch.testing.assert_close(found, torch.stack(slopes), rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="a solver that adds noise after each step allows 1"):
+        objective(inner_updates=2).config.check(RunSettings(steps=4, renoises=True))

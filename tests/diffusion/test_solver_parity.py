@@ -7,6 +7,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -141,3 +142,23 @@ def test_heun_on_the_table(steps, prediction, theirs, spacing):
     for timestep, t in zip(scheduler.timesteps, times, strict=True):
         x = scheduler.step(predict(scheduler.scale_model_input(x, timestep), t), timestep, x).prev_sample
     assert_close(solve(grid, path, "heun", predict), x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_consistency_sampling_on_the_flow(steps, shift):
+    """FlowMatchLCMScheduler on FLUX's even times, with the noise that its random generator draws."""
+    scheduler = FlowMatchLCMScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    grid = time_grid(scheduler.sigmas)
+    rng, x = torch.Generator().manual_seed(0), X
+    for timestep, t in zip(scheduler.timesteps, grid[:-1], strict=True):
+        x = scheduler.step(network(x, t), timestep, x, generator=rng).prev_sample
+    rng = torch.Generator().manual_seed(0)
+    noise = {i: torch.randn(X.shape, generator=rng) for i in range(steps - 1)}
+    assert_close(integrate(network, X, grid, RectifiedFlow(), SOLVERS["consistency"], noise=noise).x[:, -1], x)
+
+
+def test_consistency_sampling_refuses_to_run_without_noise():
+    with pytest.raises(ValueError, match=r"noise lacks \[0, 2\]"):
+        integrate(network, X, torch.tensor([1, 0.7, 0.5, 0.2, 0]), RectifiedFlow(), SOLVERS["consistency"], noise={1: X})

@@ -9,6 +9,7 @@ import torch
 
 from diffusion import SOLVERS, RectifiedFlow, Solver, VariancePreserving, evaluations, integrate
 from diffusion.solvers import unic_weights, unipc
+from tests.tools import ODE_SOLVERS
 
 F64 = torch.float64
 PREDICTOR = Solver(partial(unipc, corrector=False), 1)
@@ -166,7 +167,7 @@ def test_one_multistep_step_is_ddim(path, name):
     torch.testing.assert_close(last(predict, noise(), grid, path, SOLVERS[name]), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
 def test_from_pure_noise_to_data_is_finite_and_ends_with_the_clean_prediction(path, name, steps):
     predict = curved()
@@ -197,7 +198,7 @@ def test_starting_at_infinite_lambda_is_the_limit_of_starting_just_below(name):
     assert distances[2] < 0.05
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_a_time_per_sample_is_each_sample_alone(path, name):
     """Three samples on grids of their own, one of which reaches the data a step before the others would."""
     grids = torch.tensor([[0.9, 0.7, 0.4, 0.2], [0.8, 0.5, 0.3, 0.1], [0.95, 0.6, 0.3, 0.0]], dtype=F64).T
@@ -209,7 +210,7 @@ def test_a_time_per_sample_is_each_sample_alone(path, name):
         torch.testing.assert_close(x[i : i + 1], alone, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_coarser_states_stay_close(path, name, dtype, tolerance):
     grid = torch.linspace(0.98, 0, 51, dtype=F64)
@@ -220,7 +221,7 @@ def test_coarser_states_stay_close(path, name, dtype, tolerance):
     torch.testing.assert_close(x.to(F64) / scale, exact / scale, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_times_stay_on_the_cpu_whatever_the_device_of_the_state(path, name):
     grid = torch.linspace(0.9, 0, 4, dtype=F64)
     assert last(lambda x, t: x, noise().to("meta"), grid, path, SOLVERS[name]).device.type == "meta"

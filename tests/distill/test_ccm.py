@@ -1,5 +1,6 @@
 """CCM: closed-form step counts, the curriculum's rule, calibration, and the gradient."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ STEP = 0.03
 
 
 def g(tau):
-    """The clean prediction of the exact network along a trajectory with latent z is g(tau) z; tau = 1 - t is the paper's time."""
+    """The clean prediction of the exact network along a trajectory is g(tau) z; tau = 1 - t is the paper's time."""
     return tau * Q**2 / (tau**2 * Q**2 + (1 - tau) ** 2) ** 0.5
 
 
@@ -235,7 +236,7 @@ def test_calibration_measures_the_teacher_once_and_is_part_of_a_checkpoint():
     assert data_range == pytest.approx(4 * given.trajectory.x[:, -1].std().item())
     x, t = given.trajectory.x, given.trajectory.t
     cleans = [PATH.clean(x[:, i], t[i], network(x[:, i], t[i : i + 1], None, None)) for i in range(8)]
-    expected = [kdc(a, b, data_range).mean().item() for a, b in zip(cleans, cleans[1:], strict=False)]
+    expected = [kdc(a, b, data_range).mean().item() for a, b in itertools.pairwise(cleans)]
     assert threshold == pytest.approx(max(expected) + 2)
     torch.testing.assert_close(one_step_kdc(x, t, given.condition, with_network, data_range), torch.tensor(expected))
     calls = len(network.calls)

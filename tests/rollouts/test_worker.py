@@ -8,7 +8,7 @@ from diffusion import SOLVERS, Condition, Group, Plan, Prompt, RectifiedFlow, sa
 from generators.families.sd3.generator import SD3Generator
 from generators.glyphs import networks
 from rollouts import Worker, seed_groups
-from rollouts.worker import group_noise, groups_of_a_micro_batch, micro_batch_rows
+from rollouts.worker import group_noise, groups_of_a_micro_batch, guidance_of, micro_batch_rows, seed_teacher_groups
 
 PROMPTS = [Prompt("a", "one"), Prompt("b", "three"), Prompt("c", "a longer one")]
 SPREAD = 0.5
@@ -279,3 +279,43 @@ def test_another_micro_batch_gives_the_same_up_to_rounding(sd3):
     drawn = seed_groups([Prompt("1", "a red circle"), Prompt("2", "a blue seven")], 3, 0, 1)
     small, large = (take(sd3_worker(sd3, most=m), drawn)[1] for m in (1, 8))
     assert torch.allclose(small, large, atol=1e-4)
+
+
+def test_the_teachers_noise_repeats_after_the_given_number_of_passes():
+    prompts = [Prompt("a", "a"), Prompt("b", "b"), Prompt("a", "a")]
+    first, second, third = (seed_teacher_groups(prompts, [0, 0, 1 + n], 1, seed=3, noises=2) for n in range(3))
+    assert first[0].seeds != first[2].seeds, "another pass, another noise"
+    assert second[0].seeds == second[2].seeds, "pass 2 is pass 0 again"
+    assert third[2].seeds == first[2].seeds
+    assert seed_teacher_groups(prompts, [0, 0, 0], 1, seed=4, noises=2)[0].seeds != first[0].seeds
+
+
+def test_a_guidance_range_gives_each_group_its_own_scale():
+    groups = [Group(Prompt(str(i), "x"), i, [i]) for i in range(300)]
+    scales = torch.tensor([guidance_of(group, (2.0, 4.0)) for group in groups])
+    assert scales.min() >= 2
+    assert scales.max() <= 4
+    assert scales.mean().item() == pytest.approx(3, abs=0.15)
+    assert guidance_of(groups[0], (2.5, 2.5)) == 2.5
+
+
+def test_a_group_drawn_with_a_guidance_range_is_the_one_drawn_with_its_own_scale(flow):
+    some = groups(2)
+    rollout, _ = take(worker(flow, guidance=(1.5, 4.0)), some, scored=False)
+    for i, group in enumerate(some):
+        alone, _ = take(worker(flow, guidance=guidance_of(group, (1.5, 4.0))), [group], scored=False)
+        torch.testing.assert_close(ends(rollout)[2 * i : 2 * i + 2], ends(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_the_consistency_solver_draws_noise_for_every_step_but_the_last(flow):
+    some = groups(2)
+    drawer = worker(flow, steps=3, solver=SOLVERS["consistency"])
+    rollout, _ = take(drawer, some, record="all")
+    assert rollout.trajectory.x.shape[1] == 4
+    assert drawer.evaluations(Plan(source="teacher")) == 3
+    noise = torch.cat([group_noise(group, 2, SHAPE, lambda draw, shared, own: own) for group in some])
+    condition = flow.encode([group.prompt.text for group in some])[rollout.group]
+    x, t = rollout.trajectory.x[:, 1], rollout.trajectory.t
+    clean = x - t[1] * flow(x, t[1], condition, None)
+    expected = (1 - t[2]) * clean + t[2] * noise
+    torch.testing.assert_close(rollout.trajectory.x[:, 2], expected.float().detach(), rtol=1e-4, atol=1e-5)

@@ -261,11 +261,11 @@ def test_a_run_is_sampled_and_evaluated_with_fewer_solver_steps(whole, tmp_path)
     sample_one(whole.path, "a red circle", 3, 1, False, tmp_path / "new" / "one.png")
     assert Image.open(tmp_path / "new" / "one.png").size == (32, 32)
     rewards = ["glyph_match, brightness", "{name: clip_score, label: again, weights: embedded:glyphs-clip}"]
-    rows = evaluate_run(whole.path, None, rewards, 1, "euler")
+    rows = evaluate_run(whole.path, None, rewards, [1], "euler")
     labels = ["total", "glyph_match", "clip_score", "brightness", "again"]
     assert [row["reward"] for row in rows] == [*labels, "win rate of total", "standard error of the gain", "diversity"]
     assert rows[2] == rows[4] | {"reward": "clip_score"}
-    whole_rows = evaluate_run(whole.path, None, [], None, None)
+    whole_rows = evaluate_run(whole.path, None, [], [], None)
     last = whole.metrics()[-1]
     assert whole_rows[0] == {
         "reward": "total",
@@ -286,7 +286,7 @@ def test_a_run_is_sampled_and_evaluated_with_fewer_solver_steps(whole, tmp_path)
 )
 def test_an_error_of_evaluate_is_one_line(whole, change, words):
     with pytest.raises(InputError) as caught:
-        evaluate_run(whole.path, **{"prompts": None, "rewards": [], "steps": None, "solver": None} | change)
+        evaluate_run(whole.path, **{"prompts": None, "rewards": [], "steps": [], "solver": None} | change)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -295,8 +295,8 @@ def test_python_functions_run_only_when_allowed(whole, tmp_path):
     (tmp_path / "mine.py").write_text("def bright(images, prompts, **meta):\n    return images.mean((1, 2, 3))\n")
     rewards = [f"{{name: 'python:{tmp_path}/mine.py:bright'}}"]
     with pytest.raises(InputError, match="runs only with --allow-code"):
-        evaluate_run(whole.path, None, rewards, None, None)
-    rows = evaluate_run(whole.path, None, rewards, None, None, allow_code=True)
+        evaluate_run(whole.path, None, rewards, [], None)
+    rows = evaluate_run(whole.path, None, rewards, [], None, allow_code=True)
     assert [row["reward"] for row in rows][:4] == ["total", "glyph_match", "clip_score", "bright"]
     override = f"rewards.heldout=[{{name: 'python:{tmp_path}/mine.py:bright'}}]"
     with pytest.raises(InputError, match="runs only with --allow-code"):
