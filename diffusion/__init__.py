@@ -10,6 +10,9 @@ ode.py        a whole solve, with gradient in chosen steps; the coefficient of e
 grid.py       the times of a solve: time grids, shift, the grids of diffusers' schedulers
 guidance.py   classifier-free guidance
 noise.py      per-sample seeds and noise
+
+discriminator.py  heads on the features of a frozen vision network, adversarial losses and their weight
+augment.py        differentiable augmentation of what a discriminator sees
 """
 
 from diffusion.grid import (
@@ -28,7 +31,7 @@ from diffusion.noise import sample_noise, sample_seed
 from diffusion.objective import Items, Objective, ObjectiveConfig, Tools, adapter_names, players_of
 from diffusion.ode import integrate, prediction_coefficients
 from diffusion.path import Path, RectifiedFlow, VariancePreserving, combine
-from diffusion.protocols import AdapterSet, Codec, Generator, Judge, Predict, RewardModel, Source
+from diffusion.protocols import AdapterSet, Codec, Generator, ImageFeatures, Judge, Predict, RewardModel, Source
 from diffusion.sde import NoisyStep, renoise
 from diffusion.solvers import SOLVERS, History, Node, Predictor, Solver, Step, evaluations
 from diffusion.types import (
@@ -60,6 +63,7 @@ __all__ = [
     "Generator",
     "Group",
     "History",
+    "ImageFeatures",
     "Items",
     "Judge",
     "Loss",

@@ -126,3 +126,17 @@ class Source(Protocol):
     def take(self, groups: Sequence[Group], plan: Plan) -> Drawn:
         """One or more whole groups -> their rollout, in their order; `Rollout.group` counts from 0."""
         ...
+
+
+@runtime_checkable
+class ImageFeatures(Protocol):
+    """A frozen vision network: images -> patch features of some of its layers."""
+
+    @property
+    def channels(self) -> Sequence[int]:
+        """D_l of every layer l."""
+        ...
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] float32 in [0, 1] -> for every layer [B, D_l, h, w] float32, differentiable in the images."""
+        ...
