@@ -23,8 +23,7 @@ from torch import Tensor
 
 from align.direct import Direct, DirectConfig, DirectRows, rollout_with_gradient, rows_of
 from align.window import Window, steps_within
-from diffusion.objective import Items, Tools
-from diffusion.rewarded import judged
+from diffusion.objective import Items, Tools, judged
 from diffusion.solvers import Solver, evaluations
 from diffusion.types import Cost, Loss, Rollout, RunSettings
 

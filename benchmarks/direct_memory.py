@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from align.direct import DirectRows, rollout_with_gradient
 from align.drtune import equally_spaced
 from diffusion import SOLVERS, Prompt, Scores, Tools, sample_noise
-from diffusion.rewarded import judged
+from diffusion.objective import judged
 from generators import load
 from rewards.scorers.symmetry import Symmetry
 

@@ -10,6 +10,9 @@ ode.py        a whole solve, with gradient in chosen steps; the coefficient of e
 grid.py       the times of a solve: time grids, shift, the grids of diffusers' schedulers
 guidance.py   classifier-free guidance
 noise.py      per-sample seeds and noise
+
+discriminator.py  heads on the features of a frozen vision network, adversarial losses and their weight
+augment.py        differentiable augmentation of what a discriminator sees
 """
 
 from diffusion.grid import (

@@ -112,19 +112,6 @@ class RewardModel(Protocol):
         ...
 
 
-class ImageFeatures(Protocol):
-    """A frozen image network's patch features at several depths, differentiable in the images."""
-
-    @property
-    def channels(self) -> Sequence[int]:
-        """[L], the features' D_l"""
-        ...
-
-    def __call__(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W] float32 in [0, 1] -> L tensors [B, D_l, h, w] float32."""
-        ...
-
-
 class Judge(Protocol):
     """Decoder and trained rewards in one differentiable call, for methods that learn from a reward's gradient."""
 
@@ -138,4 +125,18 @@ class Source(Protocol):
 
     def take(self, groups: Sequence[Group], plan: Plan) -> Drawn:
         """One or more whole groups -> their rollout, in their order; `Rollout.group` counts from 0."""
+        ...
+
+
+@runtime_checkable
+class ImageFeatures(Protocol):
+    """A frozen vision network: images -> patch features of some of its layers."""
+
+    @property
+    def channels(self) -> Sequence[int]:
+        """D_l of every layer l."""
+        ...
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] float32 in [0, 1] -> for every layer [B, D_l, h, w] float32, differentiable in the images."""
         ...

@@ -28,9 +28,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from diffusion.objective import Tools
+from diffusion.objective import Tools, judged
 from diffusion.protocols import Codec, ImageFeatures
-from diffusion.rewarded import judged
 from diffusion.types import Condition, Loss, Prompt, Rollout, RunSettings
 
 Distance = Literal["l2", "pseudo_huber", "features"]

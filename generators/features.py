@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.protocols import ImageFeatures
-from generators.load import EMBEDDED, embedded
+from generators.load import embedded
 from inputs import hub_errors, is_hub_id
 from inputs.hub import ask_for_access
 
@@ -130,8 +130,9 @@ def _folder(weights: str) -> Path:
     if (local := Path(weights).expanduser()).exists():
         return local
     if not is_hub_id(weights):
-        names = ", ".join(f"embedded:{name}" for name in EMBEDDED if "clip" in name)
-        raise ValueError(f"weights {weights!r}: no such folder (allowed: {names}, a local folder, or a hub id owner/name)")
+        raise ValueError(
+            f"weights {weights!r}: no such folder (allowed: embedded:glyphs-clip, a local folder, or a hub id owner/name)"
+        )
     from huggingface_hub import snapshot_download
 
     with hub_errors(weights):

@@ -27,7 +27,7 @@ from diffusion import (
     prediction_coefficients,
     stop_early,
 )
-from diffusion.rewarded import judged, reward_loss
+from diffusion.objective import judged, reward_loss
 from tests.tools import tools as tools_around
 
 T = 10
