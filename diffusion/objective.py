@@ -110,6 +110,10 @@ class Objective(Protocol):
     state: Mapping[str, Tensor] = MappingProxyType({})
     """Tensors that it keeps from step to step and changes in place; part of a checkpoint."""
 
+    def build_networks(self, channels: Sequence[int]) -> None:
+        """Called once, before any other method, where `features` is set: create `networks` that read features of D_l
+        channels."""
+
     def plan(self, step: int, steps: int) -> Plan:
         """What training step 1, 2, ... requests from the rollout workers, whose solves have S = `steps` steps."""
         raise NotImplementedError

@@ -11,7 +11,8 @@ at all times: the clearer x_t is, the further the teacher sees. The loss is d(f(
 target network.
 
 From the released code for CIFAR-10 (Dreamern/ccm; of the paper only the abstract and introduction were available): the rule, T
-= 65, steps of 0.03, EMA 0.9, times (U (1 - s))^2 from the noise.
+= 65, steps of 0.03, EMA 0.9, times (U (1 - s))^2 from the noise, the hinge losses of the adversarial term and its adaptive
+weight.
 
 What differs from the released code:
 * x_t and x_u lie on stored trajectories of the guided teacher, so the curriculum walks along them without calling the teacher.
@@ -25,6 +26,9 @@ What differs from the released code:
   largest mean KDC of one teacher step over the grid, the smallest T that makes KDC flat. Metrics report both.
 * KDC is not monotone in u, so no bisection: candidates are evaluated in blocks of 1, 2, 4, ... steps, one network call for
   each, and the first crossing is taken, which is what the sequential rule returns.
+* In the adversarial term real images are the teacher's. Its weight compares gradients at the student's clean prediction, since
+  adapters have no last layer. The discriminator learns in every step, from the rows of which the student learns next; the
+  released code alternates. Images are not augmented.
 * The reward term is ours.
 
 Times are Odeon's: t = 1 is noise, and u < t. The paper counts the other way.
@@ -35,15 +39,16 @@ Axes: N rows, n of them, k candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from diffusion.discriminator import Heads, adaptive_weight, hinge_discriminator, hinge_generator
 from diffusion.objective import Items, Objective, Tools
 from diffusion.solvers import Solver
 from diffusion.types import Condition, Cost, Follows, Loss, Plan, Rollout, Trained
@@ -61,6 +66,7 @@ from distill.distillation import (
     with_reward,
 )
 
+DISCRIMINATOR = "discriminator"
 CALIBRATED = 16
 """Trajectories on which R and T are measured."""
 
@@ -78,6 +84,17 @@ class CCMConfig(DistanceConfig):
     points: Where = Field(
         "trajectory", description="on stored trajectories, or between noise and data with the teacher run in the learner"
     )
+
+    adversarial_weight: float = Field(
+        0.0, ge=0, description="of the adversarial term, times its adaptive weight; CIFAR-10: 1; needs `features`"
+    )
+    adversarial_start: int = Field(1, ge=1, description="first step with it; CIFAR-10: 100,000 of 300,000")
+
+    @model_validator(mode="after")
+    def _the_discriminator_has_features(self) -> CCMConfig:
+        if self.adversarial_weight and self.features is None:
+            raise ValueError("adversarial_weight needs a network for the discriminator, e.g. features: embedded:glyphs-clip")
+        return self
 
     def cost(self, solver: Solver, grid: Tensor) -> Cost:
         """One with gradient. The curriculum's length is not known before; the typical two to four targets are counted as 4."""
@@ -151,6 +168,9 @@ def curriculum(
 class CCM(Objective):
     """The mean distance between the student's prediction and the target that the curriculum chose.
 
+    With an adversarial term there is a second player, `discriminator`, whose heads learn to tell the teacher's images from the
+    student's clean predictions.
+
     Metrics: `ccm/threshold` and `ccm/data_range`; `ccm/teacher_steps`, the mean jump; and means over five bins of t:
     `curriculum/kdc/LOW-HIGH`, `curriculum/kdc_of_one_step/...`, `curriculum/steps/...`, and `curriculum/u/...`.
     """
@@ -165,6 +185,10 @@ class CCM(Objective):
         self.measure = torch.tensor(known, dtype=torch.float64)
         """T and R; NaN until they are measured"""
         self.state = MappingProxyType({"threshold_and_range": self.measure})
+
+    def build_networks(self, channels: Sequence[int]) -> None:
+        if self.config.adversarial_weight:
+            self.networks = {DISCRIMINATOR: Heads(channels)}
 
     def plan(self, step: int, steps: int) -> Plan:
         return Plan(source="teacher", record="all", scored=False)
@@ -184,9 +208,25 @@ class CCM(Objective):
             condition = rollout.condition[rollout.group][:CALIBRATED]
             self.measure[0] = one_step_kdc(x, t, condition, tools, self.measure[1].item()).max() + self.config.margin
 
+    def turns(self, step: int, items: Items) -> Iterable[tuple[str, Items]]:
+        if self._is_adversarial(step):
+            yield DISCRIMINATOR, items
+        yield "policy", items
+
+    def _is_adversarial(self, step: int) -> bool:
+        return self.config.adversarial_weight > 0 and step >= self.config.adversarial_start
+
+    def _logits(self, latents: Tensor, tools: Tools) -> Tensor:
+        assert tools.features is not None
+        return self.networks[DISCRIMINATOR](tools.features(tools.codec.decode(latents)))
+
     def loss(self, player: str, items: Items, tools: Tools) -> Loss:
         assert isinstance(items, (TrajectoryPoints, LinePoints))
         x, t = items.point()
+        if player == DISCRIMINATOR:
+            with torch.no_grad():
+                fake = clean_prediction(x, t, items.condition, "policy", tools)
+            return Loss(hinge_discriminator(self._logits(items.ends(), tools), self._logits(fake, tools)))
         estimate = clean_prediction(x, t, items.condition, player, tools)
         threshold, data_range = self.measure.tolist()
         with torch.no_grad():
@@ -204,7 +244,15 @@ class CCM(Objective):
         metrics |= {"ccm/distance": distances.detach().mean(), "ccm/teacher_steps": steps.mean()}
         metrics |= {"ccm/threshold": torch.tensor(threshold), "ccm/data_range": torch.tensor(data_range)}
         loss = Loss(distances.mean(), metrics, known)
+        if self._is_adversarial(tools.step):
+            loss = self._with_adversarial(loss, estimate, tools)
         return with_reward(loss, estimate, items.prompts, self.config.reward_weight, tools)
+
+    def _with_adversarial(self, loss: Loss, estimate: Tensor, tools: Tools) -> Loss:
+        adversarial = hinge_generator(self._logits(estimate, tools))
+        weight = self.config.adversarial_weight * adaptive_weight(loss.value, adversarial, estimate)
+        metrics = {"ccm/adversarial": adversarial.detach(), "ccm/adversarial_weight": weight}
+        return Loss(loss.value + weight * adversarial, {**loss.metrics, **metrics}, loss.known)
 
 
 def one_step_kdc(x: Tensor, t: Tensor, condition: Condition, tools: Tools, data_range: float) -> Tensor:

@@ -147,6 +147,10 @@ class Points(Protocol):
         """x_t [N, ...] and t [N] float64."""
         ...
 
+    def ends(self) -> Tensor:
+        """The teacher's clean latents [N, ...] of the points' trajectories, or the data of their lines."""
+        ...
+
     def ahead(self, tools: Tools) -> Ahead: ...
 
 
@@ -184,6 +188,9 @@ class TrajectoryPoints:
     def point(self) -> tuple[Tensor, Tensor]:
         return self.x[self.sample, self.start], self.t[self.start]
 
+    def ends(self) -> Tensor:
+        return self.x[self.sample, -1]
+
     def ahead(self, tools: Tools) -> TrajectoryPoints:
         return self
 
@@ -204,12 +211,18 @@ class LinePoints:
     prompts: Sequence[Prompt]
     scale: Tensor
     """[N], the teacher's guidance"""
+    clean: Tensor
+    """[N, ...] x_0"""
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: slice) -> LinePoints:
-        return LinePoints(self.x[rows], self.t[rows], self.condition[rows], self.prompts[rows], self.scale[rows])
+        names = ("x", "t", "condition", "prompts", "scale", "clean")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def ends(self) -> Tensor:
+        return self.clean
 
     def point(self) -> tuple[Tensor, Tensor]:
         return self.x, self.t
@@ -269,7 +282,7 @@ def points_of(rollout: Rollout, kind: Where, power: float, tools: Tools) -> Traj
     noise = torch.randn(clean.shape, generator=tools.rng).to(clean.device)
     scale = tools.teacher.draw_guidance(number, tools.rng).to(clean.device)
     condition = rollout.condition[rollout.group]
-    return LinePoints(tools.path.mix(clean, noise, t), t, condition, rollout.sample_prompts, scale)
+    return LinePoints(tools.path.mix(clean, noise, t), t, condition, rollout.sample_prompts, scale, clean)
 
 
 def clean_prediction(x: Tensor, t: Tensor, condition: Condition, adapter: str | None, tools: Tools) -> Tensor:

@@ -29,6 +29,8 @@ CLASSES = {
     "dinov2_with_registers": "Dinov2WithRegistersModel",
 }
 """{model_type of config.json: class of transformers}"""
+LAYERS = (0.25, 0.5, 0.75, 1.0)
+"""Fractions of the depth."""
 FILES = ("config.json", "preprocessor_config.json", "*.safetensors")
 
 
@@ -79,7 +81,7 @@ class TransformerFeatures:
 def load_features(
     weights: str,
     *,
-    layers: Sequence[float] | Sequence[int] = (0.25, 0.5, 0.75, 1.0),
+    layers: Sequence[float] | Sequence[int] = LAYERS,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> ImageFeatures:
@@ -92,17 +94,10 @@ def load_features(
     """
     import transformers
 
-    folder = _folder(weights)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"weights {weights!r}: not a transformers model folder (no config.json)")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    if model_type not in CLASSES:
-        raise ValueError(f"weights {weights!r}: model_type in config.json is {model_type!r}; allowed: {', '.join(CLASSES)}")
+    folder, model_type, config = _described(weights)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"weights {weights!r}: no .safetensors file, the only format that is read")
     preprocess = Preprocess(folder / "preprocessor_config.json")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    config = getattr(config, "vision_config", config)
     _check_size(weights, config, preprocess.size)
     blocks = chosen_blocks(layers, config.num_hidden_layers)
     model, report = getattr(transformers, CLASSES[model_type]).from_pretrained(
@@ -112,6 +107,26 @@ def load_features(
         raise ValueError(f"weights {weights!r}: {len(missing)} tensors are missing, for example {min(missing)}")
     network = model.vision_model if model_type == "clip" else model
     return TransformerFeatures(network.requires_grad_(False).eval().to(device), preprocess, blocks)
+
+
+def feature_channels(weights: str, layers: Sequence[float] | Sequence[int] = LAYERS) -> list[int]:
+    """`channels` of what `load_features` returns, without loading the network. Raises ValueError as it does."""
+    _, _, config = _described(weights)
+    return [config.hidden_size] * len(chosen_blocks(layers, config.num_hidden_layers))
+
+
+def _described(weights: str) -> tuple[Path, str, Any]:
+    """The folder, its model_type, and the vision network's config."""
+    import transformers
+
+    folder = _folder(weights)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"weights {weights!r}: not a transformers model folder (no config.json)")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    if model_type not in CLASSES:
+        raise ValueError(f"weights {weights!r}: model_type in config.json is {model_type!r}; allowed: {', '.join(CLASSES)}")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return folder, model_type, getattr(config, "vision_config", config)
 
 
 def chosen_blocks(layers: Sequence[float] | Sequence[int], depth: int) -> list[int]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model,
 
 from diffusion import SOLVERS, Objective, RunSettings
 from generators.families import FAMILIES
+from generators.features import feature_channels
 from generators.load import DTYPES
 from inputs import one_of
 from rewards import is_code, resolve
@@ -270,4 +271,7 @@ def new_objective(experiment: Experiment) -> Objective:
     """The experiment's objective; its networks' initial values depend on the experiment's seed alone, in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
-        return ALGORITHMS[experiment.objective.algorithm](experiment.objective)
+        objective: Objective = ALGORITHMS[experiment.objective.algorithm](experiment.objective)
+        if objective.features is not None:
+            objective.build_networks(feature_channels(objective.features))
+        return objective

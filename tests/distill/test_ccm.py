@@ -54,7 +54,7 @@ def line_points(starts, z):
     tau = torch.tensor(starts, dtype=F64)
     x = exact_states(tau[:, None], z)
     rows = len(starts)
-    return LinePoints(x, 1 - tau, Condition({"c": torch.zeros(rows, 1)}), [Prompt("", "")] * rows, torch.ones(rows))
+    return LinePoints(x, 1 - tau, Condition({"c": torch.zeros(rows, 1)}), [Prompt("", "")] * rows, torch.ones(rows), x)
 
 
 STARTS = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]
@@ -285,3 +285,43 @@ def test_trajectory_points_repeat_the_end():
     assert t.tolist() == [[0, 0, 0], [0.875, 0.75, 0.625]]
     torch.testing.assert_close(x[0], points.x[5, [8, 8, 8]])
     torch.testing.assert_close(x[1], points.x[0, [1, 2, 3]])
+
+
+class Codec:
+    def decode(self, latents):
+        return latents.sigmoid()
+
+
+def adversarial(**knobs):
+    method = CCM(CCMConfig(threshold=80.0, data_range=R, features="any", adversarial_weight=1.0, **knobs))
+    torch.manual_seed(0)
+    method.build_networks([3])
+    return method
+
+
+def with_features(network, given, step=1):
+    return tools(network, grid=given.trajectory.t, codec=Codec(), features=lambda x: [x.float()[..., None, None]], step=step)
+
+
+def test_the_discriminator_learns_before_the_student_and_without_it():
+    given, network, method = rollout(), Network(), adversarial(adversarial_start=3)
+    assert [player for player, _ in method.turns(2, None)] == ["policy"]
+    assert [player for player, _ in method.turns(3, None)] == ["discriminator", "policy"]
+    given_tools = with_features(network, given, step=3)
+    items = method.items(given, None, given_tools)
+    method.loss("discriminator", items, given_tools).value.backward()
+    assert network.policy.grad is None
+    assert all(parameter.grad is not None for parameter in method.networks["discriminator"].parameters())
+    loss = method.loss("policy", items, given_tools)
+    plain = CCM(CCMConfig(threshold=80.0, data_range=R)).loss("policy", items, given_tools)
+    assert 0.01 <= loss.metrics["ccm/adversarial_weight"] <= 10
+    expected = plain.value + loss.metrics["ccm/adversarial_weight"] * loss.metrics["ccm/adversarial"]
+    torch.testing.assert_close(loss.value.float(), expected.float())
+    early = method.loss("policy", items, with_features(network, given, step=2))
+    torch.testing.assert_close(early.value, plain.value)
+
+
+def test_a_discriminator_needs_features():
+    with pytest.raises(ValueError, match="adversarial_weight needs a network"):
+        CCMConfig(adversarial_weight=1.0)
+    assert not CCM(CCMConfig()).networks
