@@ -27,6 +27,8 @@ from generators.lora_file import load_lora
 from rewards import Isolated, build
 from rewards.mixture import Mixture
 from rewards.parts.compat import ensure_torchvision
+from rollouts.records import RecordStore
+from rollouts.store import Stored
 from rollouts.worker import Worker
 from runtime.executors.isolation import Child
 from runtime.experiment.config import Experiment, SamplingSection, Task
@@ -121,9 +123,7 @@ def new_teacher_source(experiment: Experiment, generator: Generator) -> Source:
     worker = new_worker(experiment, generator, section, guidance=section.guidance_range)
     if section.store is None:
         return worker
-    from rollouts.store import Stored, TrajectoryStore  # imports pyarrow
-
-    store = TrajectoryStore(Path(section.store), int(section.store_limit * 10**9))
+    store = RecordStore(Path(section.store), int(section.store_limit * 10**9))
     return Stored(worker, store, identity_of_teacher(experiment, worker))
 
 
