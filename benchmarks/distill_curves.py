@@ -33,13 +33,7 @@ from runtime.experiment.config import new_objective
 from runtime.experiment.yaml import read_experiment
 from runtime.run.loop import work_of_step
 
-METHODS = {
-    "ccm": "{algorithm: ccm}",
-    "consistency": "{algorithm: consistency}",
-    "reflow": "{algorithm: reflow}",
-    "pcm": "{algorithm: pcm}",
-    "dmd2": "{algorithm: dmd2}",
-}
+METHODS = ("ccm", "consistency", "reflow", "pcm", "dmd2")
 SOLVER = {"reflow": "euler", "pcm": "euler"}
 BATCH = 64
 
@@ -79,13 +73,19 @@ def sample(generator: Any, prompts: list, adapter: str | None, steps: int, solve
 
 def train(method: str, seed: int, arguments: argparse.Namespace, store: Path) -> tuple[Any, float, list[dict[str, float]]]:
     """(the generator with the trained adapters, seconds of the updates, the metrics of each update)"""
-    overrides = [f"objective={METHODS[method]}", f"seed={seed}", f"run.steps={arguments.updates}", f"teacher.store={store}"]
+    knobs = f", {arguments.knobs}" if arguments.knobs else ""
+    overrides = [
+        f"objective={{algorithm: {method}{knobs}}}",
+        f"seed={seed}",
+        f"run.steps={arguments.updates}",
+        f"teacher.store={store}",
+    ]
     if method in SOLVER:
         overrides.append(f"rollouts.solver={SOLVER[method]}")
     overrides += [f"rollouts.steps={4 if method == 'dmd2' else 2}", "teacher.spacing=even"]
     if method == "dmd2":
         overrides.append("optimizer.players={fake: {lr: 1.0e-3, betas: [0.0, 0.99], weight_decay: 0.0}}")
-    experiment = read_experiment(Path("experiments/ccm_glyphs.yaml"), overrides)
+    experiment = read_experiment(Path("experiments/ccm_glyphs.yaml"), [*overrides, *arguments.override])
     executor, objective = InlineExecutor(experiment), new_objective(experiment)
     prompts = read_prompts(experiment.prompts.train)
     seconds, lines = 0.0, []
@@ -116,6 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, 30 updates, 256 images: under 5 minutes on 2 cores")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--knobs", default="", help="further knobs of the methods' objectives, as in 'threshold: 70'")
+    parser.add_argument("--override", nargs="+", default=[], help="further changes of the experiment, as in optimizer.lr=0.002")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--updates", type=int)
     parser.add_argument("--images", type=int)

@@ -215,6 +215,52 @@ def serve_reward(
     raise typer.Exit(serve(one_reward(name, allow_code), host, port, device))
 
 
+rollouts_app = typer.Typer(help="The store of the frozen teacher's trajectories.", no_args_is_help=True)
+app.add_typer(rollouts_app, name="rollouts")
+Store = Annotated[Path, typer.Argument(help="the store's folder, `teacher.store` of an experiment")]
+
+
+@rollouts_app.command("generate")
+def generate_rollouts(
+    experiment: Annotated[Path, typer.Argument(help="the experiment's YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="overrides key=value, as in teacher.noises=4")] = None,
+    executor: Annotated[str, typer.Option(help="ray: `rollouts.workers` processes; inline: this process")] = "ray",
+    ray: Annotated[str, typer.Option(envvar="RAY_ADDRESS", help="as for launch")] = "local",
+) -> None:
+    """Draw all trajectories that an experiment reads, ahead of its launch; those that are stored already are kept."""
+    from runtime.finished.store import generate
+
+    def show(done: int, groups: int, evaluations: int) -> None:
+        print(f"\r{done}/{groups} prompts, {evaluations:,} network evaluations", end="", file=sys.stderr)
+
+    summary = generate(experiment, overrides or [], executor, ray, show)
+    print(file=sys.stderr)
+    print(summary)
+
+
+@rollouts_app.command("list")
+def list_rollouts(store: Store) -> None:
+    """Print which teachers' trajectories a store holds, how many and their size."""
+    from runtime.finished.store import store_table
+
+    _table(store_table(store))
+
+
+@rollouts_app.command("show")
+def show_rollout(
+    store: Store,
+    prompt: Annotated[str, typer.Option(help="text prompt of the trajectory")],
+    weights: Annotated[str, typer.Option(help="the generator whose autoencoder decodes the states")],
+    family: Annotated[str, typer.Option(help="the generator's family")] = "sd3",
+    number: Annotated[int, typer.Option(help="which of the prompt's trajectories: 0, 1, ...")] = 0,
+    out: Annotated[Path, typer.Option(help="image file to write")] = Path("trajectory.png"),
+) -> None:
+    """Write the states of one trajectory, decoded, from noise to image."""
+    from runtime.finished.store import show_trajectory
+
+    print(f"wrote {show_trajectory(store, weights, family, prompt, number, out)}")
+
+
 env_app = typer.Typer(help="Python environments for rewards whose libraries conflict with Odeon's.", no_args_is_help=True)
 app.add_typer(env_app, name="env")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.experiment.config import InputError
+from runtime.finished.profiles import add_profile, is_binned, profile_names
 from runtime.run.folder import RunFolder, replaced
 
 AXES = {"step": "training step", "seconds": "seconds", "nfe": "network evaluations of training"}
@@ -70,6 +71,7 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
             figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}, div_id=f"plot-{number}")
         )
         abscissas[f"plot-{number}"] = {other: _abscissas_of_curves(runs, key, other) for other in AXES}
+    profiles = [] if metric else [_profile_plot(runs, name, f"profile-{i}") for i, name in enumerate(_profile_names(runs))]
     title = escape(", ".join(runs))
     options = "".join(f'<option value="{a}"{" selected" * (a == axis)}>{escape(text)}</option>' for a, text in AXES.items())
     page = "\n".join(
@@ -79,12 +81,34 @@ def write_report(runs: Mapping[str, Lines], path: Path, axis: str = "step", metr
             *(f"<p><b>{escape(suspicion)}</b></p>" for suspicion in suspicions_of(runs)),
             f'<p><label>curves over <select id="axis" autocomplete="off">{options}</select></label></p>',
             f'<div class="plots">{"".join(plots)}</div>',
+            *(
+                ["<h2>Over the time t of the solve (1 is noise)</h2>", f'<div class="plots">{"".join(profiles)}</div>']
+                * bool(profiles)
+            ),
             f"<script>const abscissas = {json.dumps(abscissas)}, titles = {json.dumps(AXES)};{SWITCH}</script></body></html>",
         ]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as temporary:
         temporary.write_text(page)
+
+
+def _profile_names(runs: Mapping[str, Lines]) -> list[str]:
+    return profile_names(key for lines in runs.values() for line in lines for key in line)
+
+
+def _profile_plot(runs: Mapping[str, Lines], name: str, identifier: str) -> str:
+    import plotly.graph_objects as go
+    from plotly.colors import qualitative
+
+    figure = go.Figure()
+    for color, (run, lines) in zip(cycle(qualitative.D3), runs.items(), strict=False):
+        add_profile(figure, run, lines, name, color)
+    figure.update_layout(
+        title=name, xaxis_title="t", height=340, margin={"l": 50, "r": 15, "t": 45, "b": 45}, template="plotly_white"
+    )
+    html: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}, div_id=identifier)
+    return html
 
 
 def _abscissas_of_curves(runs: Mapping[str, Lines], key: str, axis: str) -> list[list[float]]:
@@ -203,7 +227,7 @@ def _all_keys(rows: Sequence[Mapping[str, str]]) -> list[str]:
 def _metrics_in_order(runs: Mapping[str, Lines]) -> list[str]:
     keys = dict.fromkeys(key for lines in runs.values() for line in lines for key in line)
     not_plotted = ("step", "seconds", "heldout/total_se", "diversity/base", "hacking")
-    plotted = [key for key in keys if key not in not_plotted and not key.startswith("heldout/base/")]
+    plotted = [key for key in keys if key not in not_plotted and not key.startswith("heldout/base/") and not is_binned(key)]
     first = ("heldout/total", "reward/total", "heldout/", "reward/", "diversity")
     return sorted(plotted, key=lambda key: next((i for i, start in enumerate(first) if key.startswith(start)), len(first)))
 

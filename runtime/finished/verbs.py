@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from PIL import Image
 
-from diffusion import Group, Plan, Prompt, sample_seed
+from diffusion import SOLVERS, Group, Plan, Prompt, sample_seed
 from inputs import nearest
 from rollouts.prompts import read_prompts
 from runtime.evaluation.evaluator import Evaluator
@@ -27,6 +27,8 @@ from runtime.run.folder import RunFolder
 if TYPE_CHECKING:
     from generators.families.generator import PipelineGenerator
 
+LCM_SCHEDULER = "FlowMatchLCMScheduler"
+"""The scheduler of diffusers that samples as the solver `consistency` does, on a flow path."""
 FORMATS = ("diffusers",)
 
 
@@ -111,7 +113,7 @@ def evaluate_run(
         line = heldout_metrics(result, base)
         columns.setdefault("teacher", {label: f"{line[f'heldout/base/{label}']:.4f}" for label in result.scores})
         columns["teacher"]["diversity"] = f"{base.diversity:.4f}"
-        columns["trained" if len(samplings) == 1 else f"trained, {count} steps"] = {
+        columns["trained" if len(samplings) == 1 else f"trained, {count} step{'s' * (count > 1)}"] = {
             **{label: f"{line[f'heldout/{label}']:.4f}" for label in result.scores},
             "win rate of total": f"{line['heldout/win_rate']:.3f}",
             "standard error of the gain": f"{line['heldout/total_se']:.4f}",
@@ -129,6 +131,19 @@ def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool)
     return validated(raw, Experiment, allow_code=allow_code)
 
 
+def few_step_settings(experiment: Experiment) -> dict[str, str]:
+    """For the exported file of a few-step student: how a stock diffusers pipeline samples from it; otherwise nothing."""
+    rollouts = experiment.rollouts
+    if not SOLVERS[rollouts.solver].renoises:
+        return {}
+    return {
+        "scheduler": LCM_SCHEDULER,
+        "num_inference_steps": str(rollouts.steps),
+        "sigmas": ", ".join(f"{1 - i / rollouts.steps:g}" for i in range(rollouts.steps)),
+        "guidance_scale": f"{experiment.generator.guidance:g}",
+    }
+
+
 def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -> Path:
     if format not in FORMATS:
         raise InputError(f"--format {format!r}: is not known{nearest(format, FORMATS)}")
@@ -141,6 +156,7 @@ def export_run(run_dir: Path, format: str, step: int | None, out: Path | None) -
         "algorithm": experiment.objective.algorithm,
         "step": str(step),
         "rewards": ", ".join(f"{entry['weight']:g} {entry['label']}" for entry in experiment.rewards.train),
+        **few_step_settings(experiment),
     }
     try:
         return export_diffusers(generator, evaluated_adapter(experiment), out or run_dir / "export" / format, metadata)
