@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from generators.load import EMBEDDED
+from generators.load import EMBEDDED, load
+from generators.lora_file import save_lora
 from runtime.experiment.checks import check_inputs, shape_of_adapter
 from runtime.experiment.yaml import read_experiment
 from runtime.run.plan import plan_text
@@ -69,11 +71,27 @@ def test_experiments_of_each_kind_exist():
         for method in ("drtune", "refl", "draft")
         for what in ("symmetry_glyphs", "clip_glyphs", "sd35_hpsv2")
     } < names
+    assert {
+        *(f"{method}_glyphs" for method in ("ccm", "consistency", "reflow", "pcm", "dmd2", "ccm_reward", "ccm_then_grpo")),
+        "ccm_sd35",
+    } < names
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A LoRA where an experiment expects the export of another run."""
+    generator = load("embedded:glyphs")
+    generator.adapters.add("policy", rank=4, alpha=4, targets="all-linear")
+    file = tmp_path_factory.mktemp("distilled") / "pytorch_lora_weights.safetensors"
+    save_lora(generator.adapters, "policy", file, {})
+    return file
 
 
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path not in SD35], ids=lambda path: path.stem)
-def test_an_experiment_on_the_glyph_world_is_valid(path):
-    experiment = read_experiment(path)
+def test_an_experiment_on_the_glyph_world_is_valid(path, distilled):
+    raw = yaml.safe_load(path.read_text())
+    after_another = [f"lora.start_from={distilled}"] if "start_from" in raw.get("lora", {}) else []
+    experiment = read_experiment(path, after_another)
     train, _, generator = check_inputs(experiment, "ray")
     assert experiment.name == path.stem
     assert len(train) > 100
@@ -97,6 +115,7 @@ def test_an_experiment_on_sd35_is_valid(path, sd35_medium, tmp_path):
     assert experiment.name == path.stem
     assert generator.parameters == 2_469_663_936, "2.24 billion parameters, and a table of positions"
     rank, layers = shape_of_adapter(experiment, generator)
-    assert rank == 32
+    expected_rank, evaluations = {"ccm_sd35": (64, "1,920")}.get(path.stem, (32, "1,600"))
+    assert rank == expected_rank
     assert len(layers) == 24 * 8 - 1 + 13 * 4, "joint attention, without the last context output, and the image-only one"
-    assert "at most 1,600 network evaluations without gradient" in plan_text(experiment, "inline", generator)
+    assert f"at most {evaluations} network evaluations without gradient" in plan_text(experiment, "inline", generator)
