@@ -114,7 +114,7 @@ def kdc_spread(lines: list[dict[str, float]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, 30 updates, 256 images: under 5 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="one seed, 10 updates, 128 images: under 5 minutes on 2 cores")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--knobs", default="", help="further knobs of the methods' objectives, as in 'threshold: 70'")
     parser.add_argument("--override", nargs="+", default=[], help="further changes of the experiment, as in optimizer.lr=0.002")
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     parser.add_argument("--store", type=Path, help="folder of the trajectory store; default: a temporary one")
     arguments = parser.parse_args()
-    defaults = {"seeds": 1, "updates": 30, "images": 256} if arguments.quick else {"seeds": 3, "updates": 200, "images": 2000}
+    defaults = {"seeds": 1, "updates": 10, "images": 128} if arguments.quick else {"seeds": 3, "updates": 200, "images": 2000}
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

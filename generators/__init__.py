@@ -8,6 +8,7 @@ lora.py              named LoRA adapters over one frozen network: add, switch, r
 adapter_weights.py   an adapter as one flat buffer + manifest + digest, the form sent between processes
 lora_file.py         an adapter as a file in the diffusers LoRA layout: save, start from one
 export.py            an adapter saved for diffusers, verified with a stock pipeline
+features.py          frozen vision transformers as image features, for a discriminator or a distance
 glyphs/              the embedded tiny teacher, CLIP and language model, and the recipes that made them
 
 diffusers, peft and transformers take seconds to import, so this package re-exports only what needs none of them.

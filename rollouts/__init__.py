@@ -2,6 +2,8 @@
 
 prompts.py    prompt sets: text, JSONL, Parquet, datasets, the embedded ones; the prompts of a training step
 worker.py     prompt groups with their seeds; the rollout worker: groups -> trajectories and images
+store.py      the frozen teacher's trajectories, drawn once and read from disk afterwards
+records.py    the content-addressed store of tensors beneath it
 """
 
 from rollouts.prompts import prompts_of_step, read_prompts

@@ -171,6 +171,7 @@ class RecordStore:
         temporary = self.folder / f".{name}{suffix}.{os.getpid()}.tmp"
         try:
             yield temporary
+            os.chmod(temporary, 0o644)  # safetensors creates files that only their owner can read
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / f"{name}{suffix}")

@@ -326,6 +326,11 @@ def test_records_that_another_process_writes_are_noticed(tmp_path):
     assert reader.read(["k"])["k"]["x"].tolist() == [1, 1]
 
 
+def test_other_users_can_read_a_store(tmp_path):
+    RecordStore(tmp_path).write({"k": ({"x": torch.ones(2)}, {})})
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o644}
+
+
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "OPEN_SHARDS", 3)
     store = RecordStore(tmp_path)
