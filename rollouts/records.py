@@ -57,26 +57,26 @@ class RecordStore:
         """limit: bytes at which the store takes no more records; None: no limit."""
         self.folder = folder
         self.limit = limit
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, list[Entry]] = {}
+        """All records of a key, since it may have been written twice or again after damage."""
         self._indices: set[str] = set()
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._reported: set[str] = set()
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """The records that exist and are intact. Damaged ones are reported once on stderr, and can be written again."""
-        if any(key not in self._entries for key in keys):
+        if any(not self._entries.get(key) for key in keys):
             self._scan()
         found = {}
         for key in dict.fromkeys(keys):
-            entry = self._entries.get(key)
-            if entry is None:
-                continue
-            tensors = self._tensors(entry)
-            if tensors is None or checksum(tensors) != entry.checksum:
-                self._report(entry.shard, f"{self.folder / entry.shard}.safetensors: damaged; its records are drawn again")
-                del self._entries[key]
-            else:
-                found[key] = tensors
+            entries = self._entries.get(key, [])
+            while entries and key not in found:
+                tensors = self._tensors(entries[-1])
+                if tensors is None or checksum(tensors) != entries[-1].checksum:
+                    shard = entries.pop().shard
+                    self._report(shard, f"{self.folder / shard}.safetensors: damaged; its records are drawn again")
+                else:
+                    found[key] = tensors
         return found
 
     def write(self, records: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> bool:
@@ -112,13 +112,13 @@ class RecordStore:
             self._report("full", f"{self.folder}: the disk is full; trajectories are no longer stored")
             return False
         self._indices.add(f"{name}.parquet")
-        self._entries |= {entry.key: entry for entry in entries}
+        self._add(entries)
         return True
 
     def entries(self) -> list[Entry]:
-        """Every record of every index, damaged ones included."""
+        """One for each key in the indices, damaged ones included."""
         self._scan()
-        return list(self._entries.values())
+        return [entries[-1] for entries in self._entries.values() if entries]
 
     def _bytes(self) -> int:
         sizes = 0
@@ -143,8 +143,11 @@ class RecordStore:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 self._report(name, f"{self.folder / name}: not an index of this store ({reason}); its records are drawn again")
                 continue
-            for entry in entries:
-                self._entries[entry.key] = entry
+            self._add(entries)
+
+    def _add(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._entries.setdefault(entry.key, []).append(entry)
 
     def _tensors(self, entry: Entry) -> dict[str, Tensor] | None:
         """A record's tensors, copied out of the memory map; None where the shard is not readable or lacks it."""
