@@ -277,7 +277,7 @@ def test_a_run_is_sampled_and_evaluated_with_fewer_solver_steps(whole, tmp_path)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"steps": 0}, "steps = 0"),
+        ({"steps": [0]}, "steps = 0"),
         ({"solver": "eular"}, "'euler'"),
         ({"rewards": ["brightnes"]}, "brightnes"),
         ({"rewards": ["{name"]}, "{name"),
