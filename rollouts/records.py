@@ -60,7 +60,7 @@ class RecordStore:
         self._entries: dict[str, list[Entry]] = {}
         """All records of a key, since it may have been written twice or again after damage."""
         self._indices: set[str] = set()
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._reported: set[str] = set()
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -159,11 +159,16 @@ class RecordStore:
             return None
 
     def _shard(self, name: str) -> Any:
+        file = self.folder / f"{name}.safetensors"
+        size = file.stat().st_size
         if name in self._open:
+            opened, size_at_opening = self._open[name]
+            if size != size_at_opening:  # reading beyond the end of a mapped file would end the process
+                raise OSError(f"{file}: its size has changed")
             self._open.move_to_end(name)
-            return self._open[name]
-        opened: Any = safe_open(self.folder / f"{name}.safetensors", framework="pt")
-        self._open[name] = opened
+            return opened
+        opened = safe_open(file, framework="pt")
+        self._open[name] = opened, size
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         return opened

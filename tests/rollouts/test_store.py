@@ -180,6 +180,15 @@ def test_after_the_damage_is_repaired_the_store_is_warm(counting, tmp_path, monk
     assert counting.rows == 0
 
 
+def test_a_shard_that_is_cut_short_while_it_is_open(counting, tmp_path, capfd):
+    source = stored(counting, tmp_path)
+    source.take(groups(), TEACHER)
+    right = source.take(groups(), TEACHER).rollout
+    os.truncate(shard_of(tmp_path), 100)
+    same(source.take(groups(), TEACHER).rollout, right)
+    assert "damaged" in capfd.readouterr().err
+
+
 def test_foreign_and_damaged_files_are_ignored(counting, tmp_path, capfd):
     right = stored(counting, tmp_path).take(groups(), TEACHER).rollout
     (tmp_path / "foreign.safetensors").write_bytes(shard_of(tmp_path).read_bytes())
