@@ -17,6 +17,7 @@ from runtime.finished.store import generate, show_trajectory, store_table
 from runtime.finished.verbs import evaluate_run, export_run, sample_one, trained_generator
 from runtime.roles.build import new_worker
 from runtime.run.loop import work_of_step
+from tests.runtime.run.test_direct_runs import Cut, cut_at
 from tests.runtime.run.test_run import go
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
@@ -50,18 +51,6 @@ def lines(folder):
 
 def tensors(folder, step=4):
     return {path.name: path.read_bytes() for path in folder.checkpoints()[step].glob("*.safetensors")}
-
-
-class Cut(Exception):
-    pass
-
-
-def cut_at(step):
-    def show(line):
-        if line["step"] == step:
-            raise Cut
-
-    return show
 
 
 @pytest.fixture(scope="module")
