@@ -6,8 +6,10 @@ optimiser, prompts and trajectories. Then 2000 images of training captions are c
 squared error of the latents to the teacher's (`paired`), and glyph_match. PCM and reflow sample with Euler, the others with the
 consistency solver.
 
-The last line is JSON: {method: {"1": {"frechet": [one for each seed], "glyph_match": [...], ...}, "2": ..., "4": ...},
-"teacher": {...}, "kdc_spread_db": {method: [range over time of the mean KDC of the targets, one for each seed]}}.
+The last line is JSON: {method: {"1": {"frechet": [one for each seed], "glyph_match": [...], ...}, "2": ..., "4": ...,
+"seconds": [...]}, "teacher": {"frechet": ..., "glyph_match": ..., ...} (its 20 steps), "untrained": {"1": ..., "2": ...,
+"4": ...} (the teacher's network without guidance), "kdc_spread_db": [range over time of the mean KDC of CCM's targets, one for
+each seed]}.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def main() -> None:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     with TemporaryDirectory() as temporary:
         measure(arguments, arguments.store or Path(temporary) / "store")
 
@@ -141,11 +143,12 @@ def measure(arguments: argparse.Namespace, store: Path) -> None:
     judges = Judges(generator)
     reference = sample(generator, prompts, None, 50, "euler", 2.5)
     real, match = judges(reference, prompts)
-    results: dict[str, Any] = {"teacher": {"50 steps": {"glyph_match": match}}, "kdc_spread_db": {}}
-    for steps, guidance in ((20, 2.5), (4, 1.0), (2, 1.0), (1, 1.0)):
-        latents = sample(generator, prompts, None, steps, "euler" if guidance > 1 else "consistency", guidance)
-        results["teacher"][f"{steps} steps, guidance {guidance}"] = row(judges, latents, reference, real, prompts)
-    print(json.dumps(results["teacher"]), flush=True)
+    taught = row(judges, sample(generator, prompts, None, 20, "euler", 2.5), reference, real, prompts)
+    results: dict[str, Any] = {"teacher": {**taught, "glyph_match_50_steps": match}, "untrained": {}, "kdc_spread_db": []}
+    for steps in (1, 2, 4):
+        latents = sample(generator, prompts, None, steps, "consistency")
+        results["untrained"][str(steps)] = row(judges, latents, reference, real, prompts)
+    print(json.dumps(results), flush=True)
     for method in arguments.methods:
         results[method] = {str(steps): {} for steps in (1, 2, 4)}
         for seed in range(arguments.seeds):
@@ -156,7 +159,7 @@ def measure(arguments: argparse.Namespace, store: Path) -> None:
                     columns.setdefault(name, []).append(value)
             results[method].setdefault("seconds", []).append(round(seconds, 1))
             if method == "ccm":
-                results["kdc_spread_db"].setdefault(method, []).append(kdc_spread(lines))
+                results["kdc_spread_db"].append(kdc_spread(lines))
                 curve = {key: lines[-1][key] for key in sorted(lines[-1]) if key.startswith(("curriculum", "ccm"))}
                 print(json.dumps({"seed": seed, **curve}), flush=True)
             print(json.dumps({method: results[method]}), flush=True)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from generators.features import load_features
 from torch import Tensor
 
 from diffusion import (
@@ -24,6 +23,7 @@ from diffusion import (
     sample_seed,
 )
 from generators.adapter_weights import AdapterWeights
+from generators.features import load_features
 from rewards import Isolated
 from rewards.mixture import RewardError
 from runtime.experiment.config import Experiment, new_objective
