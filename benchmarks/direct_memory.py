@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from align.direct import DirectRows, rollout_with_gradient
 from align.drtune import equally_spaced
-from diffusion import SOLVERS, Prompt, Scores, Tools, sample_noise
+from diffusion import SOLVERS, Prompt, Scores, Teacher, Tools, sample_noise
 from diffusion.objective import judged
 from generators import load
 from rewards.scorers.symmetry import Symmetry
@@ -69,15 +69,21 @@ def main() -> None:
         drtune = method == "drtune"
         trained = tuple(sorted(steps - t for t in equally_spaced(1, K, steps))) if drtune else range(steps)
         rows = DirectRows(noise, condition, prompts, trained, steps - 1)
+        grid = generator.time_grid(steps, even=True)
         tools = Tools(
             step=1,
             predict=generator,
+            unguided=generator,
             path=generator.path,
             solver=SOLVERS["euler"],
-            grid=generator.time_grid(steps, even=True),
+            grid=grid,
             judge=judge,
             codec=generator,
             rng=torch.Generator(),
+            teacher=Teacher(
+                lambda x, t, condition, scale: generator(x, t, condition, None), SOLVERS["euler"], grid, (1.0, 1.0)
+            ),
+            parameters=generator.adapters.parameters,
         )
 
         def run() -> None:

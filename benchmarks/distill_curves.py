@@ -153,7 +153,8 @@ def measure(arguments: argparse.Namespace, store: Path) -> None:
         results[method] = {str(steps): {} for steps in (1, 2, 4)}
         for seed in range(arguments.seeds):
             trained, seconds, lines = train(method, seed, arguments, store)
-            for steps, columns in results[method].items():
+            for steps in ("1", "2", "4"):
+                columns = results[method][steps]
                 latents = sample(trained, prompts, "ema", int(steps), SOLVER.get(method, "consistency"))
                 for name, value in row(judges, latents, reference, real, prompts).items():
                     columns.setdefault(name, []).append(value)

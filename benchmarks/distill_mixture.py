@@ -11,46 +11,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from mixture import EULER, PATH, Student, energy_distance, teacher
 
-from diffusion import SOLVERS, Condition, Prompt, RectifiedFlow, Rollout, Teacher, Tools, Trajectory, integrate
+from diffusion import Condition, Prompt, Rollout, Teacher, Tools, Trajectory, integrate
 from distill.ccm import CCM, CCMConfig
 from distill.consistency import Consistency, ConsistencyConfig
 
-ANGLES = torch.arange(8) * math.pi / 4
-MEANS = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
-SPREAD = 0.15
 STEPS = 40
-PATH = RectifiedFlow()
-EULER = SOLVERS["euler"]
-
-
-def teacher(x: Tensor, t: Tensor) -> Tensor:
-    """n - x_0 with E[x_0 | x_t] of the mixture in closed form; x [B, 2], t [] or [B]."""
-    t = t.to(x.dtype).reshape(-1, 1)
-    alpha, sigma = 1 - t, t.clamp(min=1e-4)
-    variance = (alpha * SPREAD) ** 2 + sigma**2
-    away = x[:, None] - alpha[..., None] * MEANS.to(x)
-    weight = torch.softmax(-away.square().sum(-1) / (2 * variance), dim=1)
-    gain = alpha * SPREAD**2 / variance
-    clean = (weight[..., None] * (MEANS.to(x) + gain[..., None] * away)).sum(1)
-    return (x - clean) / sigma
-
-
-class Student(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time = t.to(x.dtype).reshape(-1, 1).expand(len(x), 1)
-        return teacher(x, t) + self.net(torch.cat([x, time], dim=1))
 
 
 def trajectories(number: int, seed: int) -> Rollout:
@@ -59,10 +29,6 @@ def trajectories(number: int, seed: int) -> Rollout:
     solve = integrate(teacher, x, grid, PATH, EULER, record=range(STEPS + 1))
     condition = Condition({"none": torch.zeros(number, 1)})
     return Rollout([Prompt("", "")] * number, condition, torch.arange(number), torch.arange(number), solve)
-
-
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
 
 
 def train(method: Any, seed: int, updates: int) -> tuple[float, float]:
@@ -80,6 +46,7 @@ def train(method: Any, seed: int, updates: int) -> tuple[float, float]:
         tools = Tools(
             step=step,
             predict=lambda x, t, condition, adapter: networks[adapter](x, t),
+            unguided=lambda x, t, condition, adapter: networks[adapter](x, t),
             path=PATH,
             solver=EULER,
             grid=torch.tensor([1.0, 0.0], dtype=torch.float64),
@@ -87,6 +54,7 @@ def train(method: Any, seed: int, updates: int) -> tuple[float, float]:
             codec=None,  # type: ignore[arg-type]
             rng=rng,
             teacher=Teacher(lambda x, t, condition, scale: teacher(x, t), EULER, given.trajectory.t, (1.0, 1.0)),
+            parameters=lambda player: list(student.parameters()),
         )
         loss = method.loss("policy", method.items(part, None, tools), tools)
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ Axes: B images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,10 @@ class Strengths:
     """Of the height and width: the largest shift, in either direction, rounded to pixels."""
     cutout: float = 0.5
     """Of the height and width: the size of the rectangle cut out, rounded to pixels."""
+
+    def scaled(self, factor: float) -> Strengths:
+        """All strengths times the factor."""
+        return Strengths(**{name: factor * value for name, value in asdict(self).items()})
 
 
 def draw_augmentation(batch: int, rng: torch.Generator) -> Tensor:

@@ -14,7 +14,8 @@ image in all layers; E channels of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -102,14 +103,52 @@ def relativistic_generator(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(real - fake).mean()
 
 
-def adaptive_weight(loss: Tensor, adversarial: Tensor, at: Tensor, bounds: tuple[float, float] = (0.01, 10.0)) -> Tensor:
+@dataclass(frozen=True)
+class Comparison:
+    """How a discriminator compares real images with generated ones: its heads, its scores and the two players' losses."""
+
+    new_heads: Callable[[Sequence[int]], nn.Module]
+    """D_l of every layer -> heads"""
+    score: Callable[[nn.Module, Sequence[Tensor], Sequence[Tensor] | None], Tensor]
+    """(heads, an image's features, a real image's features) -> scores [B, N]"""
+    discriminator_loss: Callable[[Tensor, Tensor], Tensor]
+    """(real, fake scores [B, N]) -> []"""
+    policy_loss: Callable[[Tensor, Tensor], Tensor]
+    """(real, fake scores [B, N]) -> [B]"""
+    paired: bool = False
+    """The score needs the real image's features."""
+    relative: bool = False
+    """The policy's loss needs the real image's scores."""
+
+
+def new_comparison(name: str, gamma: float) -> Comparison:
+    """hinge, relativistic: logits of one image; siamese: the similarity with a real image, gamma its bound. Ours: the last."""
+    if name == "siamese":
+        return Comparison(
+            SiameseHeads,
+            lambda heads, features, real: similarity(heads(features), heads(real), gamma)[:, None],
+            hinge_discriminator,
+            lambda real, fake: -fake.mean(1),
+            paired=True,
+        )
+    losses = {
+        "hinge": (hinge_discriminator, lambda real, fake: -fake.mean(1)),
+        "relativistic": (relativistic_discriminator, lambda real, fake: F.softplus(real - fake).mean(1)),
+    }
+    return Comparison(Heads, lambda heads, features, real: heads(features), *losses[name], relative=name == "relativistic")
+
+
+def adaptive_weight(
+    loss: Tensor, adversarial: Tensor, at: Sequence[Tensor], bounds: tuple[float, float] = (0.01, 10.0)
+) -> Tensor:
     """The factor of the adversarial loss that makes its gradient as large as the loss's: |dL/d at| / (|dA/d at| + 1e-4) -> [].
 
     VQGAN (Esser et al. 2021, arXiv 2012.09841), equation 7; bounds of CCM's public code. Both take the gradient at the weights
-    of the last layer. Ours: at any tensor `at` of both graphs, in practice the student's output, since a network with LoRA
-    adapters has no trained last layer. Detached; no .grad is written, and both graphs stay usable.
+    of the last layer. Ours: at any tensors `at` of both graphs, such as the student's output or all parameters of an adapter.
+    Detached; no .grad is written, and both graphs stay usable.
     """
-    norms = [torch.autograd.grad(value, at, retain_graph=True)[0].norm() for value in (loss, adversarial)]
+    gradients = [torch.autograd.grad(value, list(at), retain_graph=True) for value in (loss, adversarial)]
+    norms = [torch.stack([part.norm() for part in parts]).norm() for parts in gradients]
     return (norms[0] / (norms[1] + 1e-4)).clamp(*bounds).detach()
 
 

@@ -45,6 +45,7 @@ class Tools:
     """1, 2, ..."""
     predict: Predict
     """With the experiment's guidance."""
+    unguided: Predict
     path: Path
     solver: Solver
     grid: Tensor
@@ -55,6 +56,8 @@ class Tools:
     rng: torch.Generator
     """Seeded for the step; the only source of random numbers."""
     teacher: Teacher
+    parameters: Callable[[str], Sequence[nn.Parameter]]
+    """Those of a player, by its name."""
     features: ImageFeatures | None = None
     """What `Objective.features` names; None where it names nothing."""
 
@@ -102,7 +105,9 @@ class Objective(Protocol):
     adapters: Mapping[str, Trained | Follows] = MappingProxyType({"policy": Trained()})
     """The LoRA adapters it uses; all start equal. `policy`, which is trained, is evaluated, sampled from and exported."""
     networks: Mapping[str, nn.Module] = MappingProxyType({})
-    """Other trained networks, such as a discriminator's heads. Trained adapters and networks are the players."""
+    """Other networks, such as a discriminator's heads. Trained adapters and trained networks are the players."""
+    averages: Mapping[str, Follows] = MappingProxyType({})
+    """Those of the networks that are not trained but follow another."""
     detach_negative: bool = False
     """Whether `Tools.predict` stops the gradient at guidance's negative branch."""
     features: str | None = None
@@ -146,7 +151,8 @@ def players_of(objective: Objective) -> list[str]:
     """The names that `loss` is called with: the policy, other trained adapters, networks."""
     trained = [name for name, role in objective.adapters.items() if isinstance(role, Trained)]
     assert "policy" in trained, "an objective trains the adapter that is evaluated and exported"
-    return [*sorted(trained, key=lambda name: name != "policy"), *objective.networks]
+    networks = [name for name in objective.networks if name not in objective.averages]
+    return [*sorted(trained, key=lambda name: name != "policy"), *networks]
 
 
 def adapter_names(objective: Objective) -> Sequence[str]:
@@ -176,3 +182,20 @@ def judged(clean: Tensor, prompts: Sequence[Prompt], tools: Tools, hinge: float 
 def _without(rewards: Tensor, excluded: Tensor, hinge: float | None) -> Tensor:
     """Rewards with excluded ones set to the constant whose loss is 0: selecting rows would synchronise with the device."""
     return torch.where(excluded, 0.0 if hinge is None else hinge, rewards)
+
+
+def by_time(values: Mapping[str, Tensor], t: Tensor, prefix: str, bins: int = 5) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Means over equal bins of time: {prefix/NAME/LOW-HIGH: []}, and the number of rows that each is a mean of.
+
+    values: {NAME: [N]}, t [N]. Values that are not finite are excluded.
+    """
+    means: dict[str, Tensor] = {}
+    known: dict[str, Tensor] = {}
+    index = (t * bins).ceil().clamp(1, bins).long().to(next(iter(values.values())).device) - 1
+    for name, value in values.items():
+        for i in range(bins):
+            inside = (index == i) & value.isfinite()
+            key = f"{prefix}/{name}/{i / bins:g}-{(i + 1) / bins:g}"
+            known[key] = inside.sum()
+            means[key] = torch.where(inside, value, 0.0).sum() / known[key].clamp(min=1)
+    return means, known

@@ -84,6 +84,10 @@ class Generator(Predict, Codec, Protocol):
         """The shape of the latents of one image of this size in pixels, without batch axis; None is the model's own size."""
         ...
 
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels; None is the model's own size."""
+        ...
+
     def tokens(self, height: int | None = None, width: int | None = None) -> int:
         """The network's tokens for one image of this size in pixels."""
         ...

@@ -49,7 +49,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffusion.discriminator import Heads, adaptive_weight, hinge_discriminator, hinge_generator
-from diffusion.objective import Items, Objective, Tools
+from diffusion.objective import Items, Objective, Tools, by_time
 from diffusion.solvers import Solver
 from diffusion.types import Condition, Cost, Follows, Loss, Plan, Rollout, Trained
 from distill.consistency import TARGET
@@ -59,7 +59,6 @@ from distill.distillation import (
     LinePoints,
     TrajectoryPoints,
     Where,
-    by_time,
     clean_prediction,
     points_of,
     row_distance,
@@ -249,7 +248,7 @@ class CCM(Objective):
 
     def _with_adversarial(self, loss: Loss, estimate: Tensor, tools: Tools) -> Loss:
         adversarial = hinge_generator(self._logits(estimate, tools))
-        weight = self.config.adversarial_weight * adaptive_weight(loss.value, adversarial, estimate)
+        weight = self.config.adversarial_weight * adaptive_weight(loss.value, adversarial, [estimate])
         metrics = {"ccm/adversarial": adversarial.detach(), "ccm/adversarial_weight": weight}
         return Loss(loss.value + weight * adversarial, {**loss.metrics, **metrics}, loss.known)
 

@@ -20,7 +20,7 @@ Axes: M trajectories, S teacher steps, N rows, n of them, k steps ahead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -295,20 +295,3 @@ def clean_prediction(x: Tensor, t: Tensor, condition: Condition, adapter: str | 
         x, t = x[network], t[network]
         clean[network] = tools.path.clean(x, t, tools.predict(x, t, condition[network], adapter))
     return clean
-
-
-def by_time(values: Mapping[str, Tensor], t: Tensor, prefix: str, bins: int = 5) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Means over equal bins of time: {prefix/NAME/LOW-HIGH: []}, and the number of rows that each is a mean of.
-
-    values: {NAME: [N]}, t [N]. Values that are not finite are excluded.
-    """
-    means: dict[str, Tensor] = {}
-    known: dict[str, Tensor] = {}
-    index = (t * bins).ceil().clamp(1, bins).long().to(next(iter(values.values())).device) - 1
-    for name, value in values.items():
-        for i in range(bins):
-            inside = (index == i) & value.isfinite()
-            key = f"{prefix}/{name}/{i / bins:g}-{(i + 1) / bins:g}"
-            known[key] = inside.sum()
-            means[key] = torch.where(inside, value, 0.0).sum() / known[key].clamp(min=1)
-    return means, known

@@ -6,10 +6,13 @@
 | `FILE.txt`                         | a line        | the line                        |
 | `FILE.jsonl`, `FILE.parquet`       | a line, a row | `text`, or else `prompt`        |
 | `FOLDER`, saved by `save_to_disk`  | a row         | `text`, or else `prompt`        |
+| `FOLDER` of images                 | an image      | its caption; see images.py      |
+| `FILE.tar`, `FOLDER` of .tar files | an image      | its caption; see images.py      |
 | `hf:[OWNER/]NAME[:SPLIT][:COLUMN]` | a row         | COLUMN, or as above; of `train` |
 
 A column `id` gives the ids, as strings; without it, ids are the numbers of lines or rows, from 1, which do not change when
-lines are added at the end. All other columns become `meta`. Blank lines are counted and skipped.
+lines are added at the end; in a folder of images they are the files' paths. All other columns become `meta`, except images and
+bytes. Blank lines are counted and skipped.
 """
 
 from __future__ import annotations
@@ -17,13 +20,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffusion.types import Prompt
-from inputs import hub_errors, nearest
+from inputs import nearest
+from rollouts import tables
+from rollouts.images import folder_rows, is_image_folder
 from worlds import glyphs
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
 
 TEXT_COLUMNS = ("text", "prompt")
 EMBEDDED = {f"glyphs/{name}": name for name in glyphs.PROMPT_SETS}
@@ -85,19 +94,34 @@ def _open(source: str) -> tuple[Rows, Sequence[str]]:
     if source.startswith("embedded:"):
         return _embedded(source), TEXT_COLUMNS
     if source.startswith("hf:"):
-        name, split, column = _hub_source(source)
-        return _hub_dataset(source, name, split), (column,) if column else TEXT_COLUMNS
+        name, split, column = tables.hub_source(source)
+        return _rows(tables.hub_dataset(source, name, split)), (column,) if column else TEXT_COLUMNS
     path = Path(source).expanduser()
     readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
-    if path.is_dir():
-        return _saved_dataset(source, path), TEXT_COLUMNS
+    if is_image_folder(path):
+        return folder_rows(source, path), TEXT_COLUMNS
+    if tables.is_web_dataset(path):
+        rows = _rows(tables.web_dataset(source, path))
+        return ((number, {**row, **(row.get("json") or {})}) for number, row in rows), (tables.WEB_TEXT, *TEXT_COLUMNS)
+    if tables.is_saved_dataset(path):
+        return _rows(tables.saved_dataset(source, path)), TEXT_COLUMNS
     if path.is_file() and path.suffix in readers:
         return readers[path.suffix](source, path), TEXT_COLUMNS
-    problem = "unknown file format" if path.is_file() else "there is no such file or folder"
+    problem = "there is no such file or folder"
+    if path.is_file():
+        problem = "unknown file format"
+    elif path.is_dir():
+        problem = "the folder has neither images nor a data set"
     raise ValueError(
-        f"prompts {source}: {problem} (allowed: {', '.join(readers)} files, a folder written by datasets' save_to_disk, "
-        f"hf:[OWNER/]NAME[:SPLIT][:COLUMN], {', '.join('embedded:' + name for name in EMBEDDED)})"
+        f"prompts {source}: {problem} (allowed: {', '.join(readers)} files, a folder of images with captions, a WebDataset "
+        "(.tar), a folder written by datasets' save_to_disk, hf:[OWNER/]NAME[:SPLIT][:COLUMN], "
+        f"{', '.join('embedded:' + name for name in EMBEDDED)})"
     )
+
+
+def _rows(table: Dataset) -> Rows:
+    """Without images and other media, which would be decoded and become part of `meta`."""
+    return enumerate(tables.without_media(table), 1)
 
 
 def _embedded(source: str) -> Rows:
@@ -134,44 +158,23 @@ def _lines(source: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _parquet(source: str, path: Path) -> Rows:
+    """Without columns of bytes, which images are and prompts are not."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
+        schema = parquet.read_schema(path)
+        table = parquet.read_table(path, columns=[field.name for field in schema if not _has_bytes(field.type)])
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"prompts {source}: not a Parquet file: {str(error).splitlines()[0]}") from None
     return enumerate(table.to_pylist(), 1)
 
 
-def _saved_dataset(source: str, path: Path) -> Rows:
-    from datasets import load_from_disk
+def _has_bytes(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
 
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(child.parent.name for child in path.glob("*/state.json")))
-        raise ValueError(f"prompts {source}: contains several splits; choose the folder of one (allowed: {splits})")
-    if not (path / "state.json").is_file():
-        raise ValueError(f"prompts {source}: not a folder written by datasets' save_to_disk")
-    return enumerate(load_from_disk(str(path)), 1)
-
-
-def _hub_source(source: str) -> tuple[str, str, str | None]:
-    name, *rest = source.removeprefix("hf:").split(":")
-    if not name or len(rest) > 2:
-        raise ValueError(f"prompts {source}: not the name of a dataset (allowed: hf:[OWNER/]NAME[:SPLIT][:COLUMN])")
-    split, column = [*rest, "", ""][:2]
-    return name, split or "train", column or None
-
-
-def _hub_dataset(source: str, name: str, split: str) -> Rows:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        with hub_errors(f"datasets/{name}", key="hub repository"):
-            return enumerate(load_dataset(name, split=split), 1)
-    except DatasetNotFoundError:
-        problem = "not found on the hub; if it is private, log in with `hf auth login`"
-    except ValueError as error:  # of the hub; or an unknown split, or one of several configurations has to be chosen
-        problem = str(error).splitlines()[0]
-    raise ValueError(f"prompts {source}: {problem}")
+    if types.is_struct(kind):
+        return any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _has_bytes(kind.value_type)
+    return types.is_binary(kind) or types.is_large_binary(kind)

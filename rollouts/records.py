@@ -230,3 +230,8 @@ def read_index(file: Path) -> list[Entry]:
 
     rows = parquet.read_table(file).to_pylist()
     return [Entry(row["key"], row["checksum"], json.loads(row["about"]), row["shard"], row["bytes"]) for row in rows]
+
+
+def key_of(content: Mapping[str, Any]) -> str:
+    """sha256 of the content as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -9,8 +9,6 @@ Axes: M groups of G samples, S solver steps.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion.types import Condition, Drawn, Group, Plan, Prompt, Rollout, Trajectory
-from rollouts.records import RecordStore
+from rollouts.records import RecordStore, key_of
 from rollouts.worker import Worker, groups_of_a_micro_batch
 
 
@@ -104,8 +102,3 @@ class Stored:
 
     def _encoder(self) -> dict[str, Any]:
         return {name: self.identity[name] for name in ("weights", "family", "dtype")}
-
-
-def key_of(content: Mapping[str, Any]) -> str:
-    """sha256 of the content as canonical JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

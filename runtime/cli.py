@@ -38,7 +38,7 @@ def main() -> NoReturn:
         print(f"odeon: {error}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        if _is_reward_error(error):
+        if _is_expected(error):
             print(f"odeon: {error}", file=sys.stderr)
             sys.exit(1)
         raise
@@ -51,11 +51,12 @@ def _is_input_error(error: ValueError) -> bool:
     return isinstance(error, InputError)
 
 
-def _is_reward_error(error: RuntimeError) -> bool:
-    """Whether a reward or its server reported the error; its message is then enough, and no traceback is printed."""
+def _is_expected(error: RuntimeError) -> bool:
+    """Whether it is about a reward, its server or an image file; its message is then enough, and no traceback is printed."""
+    from inputs.images import ImageError
     from rewards.mixture import RewardError
 
-    return isinstance(error, RewardError)
+    return isinstance(error, (RewardError, ImageError))
 
 
 @app.command()

@@ -34,7 +34,11 @@ HOMES = {
     "trackio": "runtime/run/tracking.py",
 }
 """{third-party library: the only file or room that may import it}"""
-LIBRARIES = {"diffusion": {"torch"}, "inputs": {"huggingface_hub"}, "worlds": {"torch", "numpy", "PIL", "sklearn"}}
+LIBRARIES = {
+    "diffusion": {"torch"},
+    "inputs": {"huggingface_hub", "numpy", "PIL"},
+    "worlds": {"torch", "numpy", "PIL", "sklearn"},
+}
 """{room: the only third-party libraries it may import}"""
 
 FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))

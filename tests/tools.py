@@ -23,6 +23,7 @@ def tools(
     codec=None,
     teacher_grid=None,
     features=None,
+    parameters=(),
 ):
     """The teacher is `predict` with adapter None, without guidance."""
     grid = torch.linspace(1, 0, 6, dtype=torch.float64) if grid is None else grid
@@ -33,4 +34,17 @@ def tools(
         (1.0, 1.0),
     )
     rng = torch.Generator().manual_seed(seed)
-    return Tools(step, predict, path or RectifiedFlow(), solver, grid, judge, codec, rng, teacher, features)
+    return Tools(
+        step,
+        predict,
+        predict,
+        path or RectifiedFlow(),
+        solver,
+        grid,
+        judge,
+        codec,
+        rng,
+        teacher,
+        lambda player: parameters,
+        features,
+    )

@@ -18,7 +18,9 @@ from generators.lora_file import read_lora
 from generators.outline import Outline
 from generators.targets import match
 from inputs import hub_revision, is_on_hub, nearest
+from inputs.images import ImageError, read_image
 from rewards import CODE, REWARDS, check_prompts, differentiable, is_code, scorer
+from rollouts.images import open_images
 from rollouts.prompts import read_prompts
 from runtime.executors.isolation import check_rewards, packages_hash
 from runtime.experiment.config import Experiment, InputError, Task, new_objective
@@ -31,6 +33,8 @@ PLACES = ("weights", "head", "tokenizer", "med_config")
 def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], list[Prompt], Outline]:
     """The prompts to train on, the held-out ones, and the generator's outline."""
     train, heldout, generator = check_task(experiment, on_this_machine=executor == "inline")
+    with _errors_of("prompts"):
+        check_images(experiment, train)
     with _errors_of("rewards"):
         check_gradient(experiment)
     with _errors_of("lora"):
@@ -64,6 +68,17 @@ def check_task(task: Task, on_this_machine: bool) -> tuple[list[Prompt], list[Pr
         raise InputError(f"prompts.heldout = {task.prompts.heldout!r}: has one prompt; at least 2 are needed")
     _warn(task, train, heldout)
     return train, heldout, generator
+
+
+def check_images(experiment: Experiment, train: Sequence[Prompt]) -> None:
+    """Raises ValueError if the method needs images and the training prompts have none, or the first cannot be read."""
+    if new_objective(experiment).plan(1, experiment.rollouts.steps).source == "images":
+        images = open_images(experiment.prompts.train, train)
+        try:
+            name, data = images(train[0])
+            read_image(data, name)
+        except ImageError as error:
+            raise ValueError(str(error)) from None
 
 
 def check_objective(experiment: Experiment) -> None:

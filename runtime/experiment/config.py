@@ -60,9 +60,16 @@ class LoraSection(Section):
 
 
 class PromptsSection(Section):
-    train: str = Field(description="embedded:NAME/SET, .txt, .jsonl, .parquet, or hf:OWNER/NAME")
+    train: str = Field(
+        description="embedded:NAME/SET, .txt, .jsonl, .parquet, hf:OWNER/NAME, a folder of images with captions, or .tar"
+    )
     heldout: str = Field(description="in the same form; never trained on")
     heldout_number: int = Field(64, ge=2, description="number of held-out prompts in an evaluation, from the start of the set")
+    image_store: str | None = Field(
+        "trajectories",
+        description="folder in which latents of the training images are kept, for methods that need images; null: encode again",
+    )
+    image_store_limit: float = Field(50.0, gt=0, description="size in GB at which that store takes no more latents")
 
 
 class RewardsSection(Section):

@@ -27,6 +27,8 @@ from generators.lora_file import load_lora
 from rewards import Isolated, build
 from rewards.mixture import Mixture
 from rewards.parts.compat import ensure_torchvision
+from rollouts.images import Images, open_images
+from rollouts.prompts import read_prompts
 from rollouts.records import RecordStore
 from rollouts.store import Stored
 from rollouts.worker import Worker
@@ -125,6 +127,17 @@ def new_teacher_source(experiment: Experiment, generator: Generator) -> Source:
         return worker
     store = RecordStore(Path(section.store), int(section.store_limit * 10**9))
     return Stored(worker, store, identity_of_teacher(experiment, worker))
+
+
+def new_image_source(experiment: Experiment, generator: Generator) -> Source:
+    """Where real images come from: those of prompts.train."""
+    source, prompts = experiment.generator, experiment.prompts
+    images = open_images(prompts.train, read_prompts(prompts.train))
+    store = None
+    if prompts.image_store is not None:
+        store = RecordStore(Path(prompts.image_store), int(prompts.image_store_limit * 10**9))
+    identity = {"weights": weights_hash(resolve(source.weights, source.family)), "family": source.family}
+    return Images(generator, images, generator.image_size(source.height, source.width), store, identity)
 
 
 def identity_of_teacher(experiment: Experiment, worker: Worker) -> dict[str, Any]:

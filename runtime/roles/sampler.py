@@ -15,7 +15,7 @@ from rollouts.worker import micro_batch_rows
 from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.evaluator import Evaluator
 from runtime.experiment.config import Experiment, new_objective
-from runtime.roles.build import new_generator_with_adapters, new_teacher_source, new_worker
+from runtime.roles.build import new_generator_with_adapters, new_image_source, new_teacher_source, new_worker
 from runtime.roles.scoring import score_in_batches
 
 
@@ -47,12 +47,13 @@ class Sampler:
         objective = new_objective(experiment)
         self.generator = generator or new_generator_with_adapters(experiment, objective)
         worker = new_worker(experiment, self.generator, experiment.rollouts, noise=objective.noise)
-        self.sources: Mapping[str, Source] = {
+        self.experiment = experiment
+        self.sources: dict[str, Source] = {
             "policy": worker,
             "teacher": new_teacher_source(experiment, self.generator),
             "noise": worker,
         }
-        """{`Plan.source`: where its rollouts come from}"""
+        """{`Plan.source`: where its rollouts come from}; images are opened when they are first needed"""
         self.evaluator = Evaluator(experiment, self.generator, experiment.rollouts, isolated, experiment.teacher_sampling)
         self.most = worker.most
 
@@ -64,8 +65,11 @@ class Sampler:
     def sample(self, groups: Sequence[Group], plan: Plan, version: int) -> Sampled:
         """version: of the adapters that the generator holds."""
         start = time.perf_counter()
+        if plan.source == "images" and "images" not in self.sources:
+            self.sources["images"] = new_image_source(self.experiment, self.generator)
         drawn = self.sources[plan.source].take(groups, plan)
-        rollout = drawn.rollout if plan.source == "teacher" else replace(drawn.rollout, version=version)
+        frozen = plan.source in ("teacher", "images")
+        rollout = drawn.rollout if frozen else replace(drawn.rollout, version=version)
         seconds = time.perf_counter() - start
         if drawn.images is None:
             return Sampled(rollout, None, drawn.nfe, drawn.saved, {"rollout": seconds, "reward": 0.0})

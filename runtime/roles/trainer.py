@@ -130,7 +130,13 @@ class Trainer:
     def _followers(self) -> dict[str, tuple[Follows, Mapping[str, torch.nn.Parameter]]]:
         roles = roles_of_adapters(self.experiment, self.objective)
         adapters = self.generator.adapters
-        return {name: (role, adapters.named_parameters(name)) for name, role in roles.items() if isinstance(role, Follows)}
+        found: dict[str, tuple[Follows, Mapping[str, torch.nn.Parameter]]] = {
+            name: (role, adapters.named_parameters(name)) for name, role in roles.items() if isinstance(role, Follows)
+        }
+        for name, role in self.objective.averages.items():
+            network = self.objective.networks[name].to(self.generator.device)
+            found[name] = (role, dict(network.named_parameters()))
+        return found
 
     def judge(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Decoder and trained rewards, with gradient; latents [B, ...] -> Scores over B."""
@@ -144,6 +150,7 @@ class Trainer:
         return Tools(
             step=step,
             predict=self.predict,
+            unguided=self.counted,
             path=self.generator.path,
             solver=SOLVERS[self.experiment.rollouts.solver],
             grid=self.grid,
@@ -151,6 +158,7 @@ class Trainer:
             codec=self.generator,
             rng=torch.Generator().manual_seed(sample_seed(self.experiment.seed, step, "items", 0)),
             teacher=self.teacher,
+            parameters=lambda player: list(self.learner.players[player].parameters.values()),
             features=self.features,
         )
 

@@ -146,7 +146,7 @@ def test_the_adaptive_weight_of_linear_losses_is_the_ratio_of_their_slopes(facto
     parameter = torch.tensor([1.0, 2.0], requires_grad=True)
     x = 2 * parameter
     loss, adversarial = (x * torch.tensor([3.0, 4.0])).sum(), factor * (x * torch.tensor([4.0, 3.0])).sum()
-    weight = adaptive_weight(loss, adversarial, x, bounds)
+    weight = adaptive_weight(loss, adversarial, [x], bounds)
     assert weight.item() == pytest.approx(expected, rel=1e-4)
     assert not weight.requires_grad
     assert parameter.grad is None
@@ -161,7 +161,7 @@ def test_the_adaptive_weight_leaves_the_gradients_of_the_heads_alone():
     fake = heads([at, at[:, :3]])
     for parameter in heads.parameters():
         parameter.grad = torch.ones_like(parameter)
-    adaptive_weight(at.square().mean(), hinge_generator(fake), at)
+    adaptive_weight(at.square().mean(), hinge_generator(fake), [at])
     assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in heads.parameters())
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from diffusion import SOLVERS, Condition, Prompt, RectifiedFlow, Rollout, RunSettings, Scores, Trajectory, integrate
+from diffusion.objective import by_time
 from distill import ALGORITHMS
 from distill.consistency import Consistency, ConsistencyConfig
-from distill.distillation import DistanceConfig, by_time, draw_positions, feature_distance, pseudo_huber, row_distance
+from distill.distillation import DistanceConfig, draw_positions, feature_distance, pseudo_huber, row_distance
 from distill.dmd2 import DMD2, DMD2Config, matching_gradient, sample_of
 from distill.pcm import PCM, PCMConfig, phase_ends
 from distill.reflow import Reflow, ReflowConfig

@@ -81,7 +81,7 @@ def test_a_saved_dataset(tmp_path):
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "both")
     assert read_prompts(str(tmp_path / "both" / "test")) == EXPECTED
     assert "contains several splits; choose the folder of one (allowed: test, train)" in refused(tmp_path / "both")
-    assert "not a folder written by datasets' save_to_disk" in refused(tmp_path)
+    assert "the folder has neither images nor a data set (allowed: " in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

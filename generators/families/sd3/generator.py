@@ -146,6 +146,11 @@ class SD3Generator:
         """(C, h, w) of the latents of an image in pixels; see `Geometry.latent_shape`."""
         return self.geometry.latent_shape(height, width)
 
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(H, W) in pixels of an image of this size; see `Geometry.latent_shape`."""
+        _, rows, columns = self.latent_shape(height, width)
+        return rows * self.pipeline.vae_scale_factor, columns * self.pipeline.vae_scale_factor
+
     def tokens(self, height: int | None = None, width: int | None = None) -> int:
         """The number of image tokens of an image in pixels; see `Geometry.tokens`."""
         return self.geometry.tokens(height, width)

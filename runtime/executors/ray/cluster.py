@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from inputs.images import ImageError
 from rewards.mixture import RewardError
 from runtime.executors.isolation import problem_with
 from runtime.experiment.config import InputError
@@ -64,8 +65,8 @@ def node_with(env: str) -> str:
 
 
 def without_traceback(error: RayTaskError) -> Exception:
-    """A RewardError or FloatingPointError without the worker's traceback; any other error unchanged."""
-    for kind in (RewardError, FloatingPointError):
+    """A RewardError, ImageError or FloatingPointError without the worker's traceback; any other error unchanged."""
+    for kind in (RewardError, ImageError, FloatingPointError):
         if isinstance(error.cause, kind):
             return kind(str(error.cause))
     return error
