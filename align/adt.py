@@ -55,6 +55,8 @@ from diffusion.types import Cost, Follows, Loss, Plan, Rollout, RunSettings
 
 DISCRIMINATOR = "discriminator"
 AVERAGE = "discriminator_ema"
+CERTAIN = 2.0
+"""The distance of the hinge loss's two margins, 1 and -1: a discriminator whose scores are further apart does not learn."""
 VIEWS = 3
 """Augmentations of a pair: of the generated image, of the real one, of the real one once more."""
 
@@ -146,8 +148,9 @@ class ADT(Objective):
     """Players: `policy`, whose turn samples an image for each row, and `discriminator`, which compares them with the real ones.
 
     Metrics: `adt/diffusion`, `adt/adversarial`, `adt/weight` (all factors of the adversarial loss); `discriminator/accuracy`,
-    the share of pairs whose real image has the higher score (chance is 0.5), which the watch for reward hacking reads; means
-    over five bins of the start's time, `start/accuracy/LOW-HIGH` and `start/adversarial/LOW-HIGH`; and those of the reward.
+    the share of pairs whose real image has the higher score (chance is 0.5); `discriminator/saturated`, the share of pairs
+    whose scores are further apart than the margins of the hinge loss, which the watch for reward hacking reads; means over five
+    bins of the start's time, `start/accuracy/LOW-HIGH` and `start/adversarial/LOW-HIGH`; and those of the reward.
     """
 
     Config = ADTConfig
@@ -249,9 +252,10 @@ class ADT(Objective):
     def _discriminator_loss(self, rows: ImageRows, tools: Tools) -> Loss:
         real, fake = self._scores(self.networks[DISCRIMINATOR], rows.generated, rows, tools, needs_real=True)
         value = self.comparison.discriminator_loss(real, fake)
-        right = (real.detach().mean(1) > fake.detach().mean(1)).float()
+        apart = real.detach().mean(1) - fake.detach().mean(1)
+        right, certain = (apart > 0).float(), (apart > CERTAIN).float()
         metrics, known = by_time({"accuracy": right}, tools.grid[rows.start], "start")
-        metrics["discriminator/accuracy"] = right.mean()
+        metrics |= {"discriminator/accuracy": right.mean(), "discriminator/saturated": certain.mean()}
         if self.config.r1_weight:
             penalty = self._r1(rows, tools)
             value, metrics["discriminator/r1"] = value + self.config.r1_weight * penalty, penalty.detach()

@@ -153,12 +153,15 @@ def evaluate(
         str | None, typer.Option(help="solver steps, or several numbers of them, as in 1,2,4; default: the experiment's")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="solver; default: the experiment's")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="prompt set with images: use its captions, and print distances to its images")
+    ] = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Compare the trained adapter with the frozen teacher on the same prompts and noise."""
     from runtime.finished.verbs import evaluate_run
 
-    _table(evaluate_run(run_dir, prompts, rewards or [], _numbers("--steps", steps), solver, allow_code))
+    _table(evaluate_run(run_dir, prompts, rewards or [], _numbers("--steps", steps), solver, allow_code, reference))
 
 
 @app.command()

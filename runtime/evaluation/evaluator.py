@@ -58,7 +58,7 @@ class Evaluator:
         scores = {"total": trained.total, **trained.parts}
         if self.logged_reward is not None:
             scores |= score_in_batches(self.logged_reward, images, prompts, rows).parts
-        features = self._features(images, rows)
+        features = self.features(images)
         return Evaluated(
             scores={name: value.cpu() for name, value in scores.items()},
             distances=distances(features, IMAGES_PER_PROMPT).cpu(),
@@ -67,8 +67,10 @@ class Evaluator:
             features=features.float().cpu(),
         )
 
-    def _features(self, images: Tensor, rows: int) -> Tensor:
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
         """[B, D]: image features of the first reward that has some (a CLIP), otherwise the image at 8x8 pixels."""
+        rows = micro_batch_rows(IMAGES_PER_PROMPT, self.worker.most)
         members = [*self.trained_reward.members, *(self.logged_reward.members if self.logged_reward else [])]
         for reward, _ in members:
             if (features := image_features(reward)) is not None:

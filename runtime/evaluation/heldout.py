@@ -38,11 +38,14 @@ def baseline(folder: RunFolder, evaluate_teacher: Callable[[], Evaluated]) -> Ev
     return Evaluated.load(file)
 
 
-def evaluation_metrics(task: Task, result: Evaluated, teacher: Evaluated) -> dict[str, Any]:
-    """The metrics of an evaluation; `hacking`, where reward hacking is suspected, gives the reasons as sentences."""
+def evaluation_metrics(task: Task, result: Evaluated, teacher: Evaluated, saturated: float | None = None) -> dict[str, Any]:
+    """The metrics of an evaluation; `hacking`, where reward hacking is suspected, gives the reasons as sentences.
+
+    saturated: see `suspicions`.
+    """
     line: dict[str, Any] = heldout_metrics(result, teacher)
     line |= watch_metrics(result, teacher, {"total", *task.trained_labels})
-    if found := suspicions(line, result, teacher, task.watch):
+    if found := suspicions(line, result, teacher, task.watch, saturated):
         line["hacking"] = found
     return line
 

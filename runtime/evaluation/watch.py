@@ -3,7 +3,8 @@
 At every evaluation the policy is compared with the frozen teacher on the same noise. Once the trained reward is above the
 teacher's, held-out rewards that are not trained should not have fallen, and the images of a prompt should not have become more
 similar. A reward's fall counts if it is both large, above the limit in the experiment's `watch`, and significant, above CLEAR
-paired standard errors. The rule is ours; the default limits are chosen by judgement, not measured.
+paired standard errors. Of a method with a discriminator, images that become similar and a saturated discriminator count in any
+case. The rule is ours; the default limits are chosen by judgement, not measured.
 """
 
 from __future__ import annotations
@@ -35,20 +36,34 @@ def watch_metrics(result: Evaluated, teacher: Evaluated, trained: Collection[str
     return line
 
 
-def suspicions(line: dict[str, float], result: Evaluated, teacher: Evaluated, limits: WatchSection) -> list[str]:
-    """Reasons to suspect reward hacking in the metrics of an evaluation, one sentence each."""
-    if line["heldout/total"] <= line["heldout/base/total"]:
-        return []
+def suspicions(
+    line: dict[str, float],
+    result: Evaluated,
+    teacher: Evaluated,
+    limits: WatchSection,
+    saturated: float | None = None,
+) -> list[str]:
+    """Reasons to suspect reward hacking in the metrics of an evaluation, one sentence each.
+
+    saturated: `discriminator/saturated` of the last training step, where a method has a discriminator. Its images have to
+    resemble real ones whether or not a reward rises, so diversity counts in any case.
+    """
     found = []
-    for key, fall in line.items():
+    rose, fall = line["heldout/total"] > line["heldout/base/total"], line.get("watch/diversity", 0.0)
+    for key, drop in line.items():
         label = key.removeprefix("watch/")
-        if label == key or label == "diversity":
+        if not rose or label == key or label == "diversity":
             continue
         difference, error = paired(result.scores[label], teacher.scores[label])
-        if fall > limits.reward_drop and -difference > CLEAR * error:
+        if drop > limits.reward_drop and -difference > CLEAR * error:
             found.append(
-                f"{label} fell by {-difference:.3g}, {fall:.2f} of its standard deviation, while the trained reward rose"
+                f"{label} fell by {-difference:.3g}, {drop:.2f} of its standard deviation, while the trained reward rose"
             )
-    if (fall := line.get("watch/diversity", 0.0)) > limits.diversity_drop:
-        found.append(f"diversity fell by {100 * fall:.0f} % while the trained reward rose")
+    if fall > limits.diversity_drop and (rose or saturated is not None):
+        found.append(f"diversity fell by {100 * fall:.0f} %" + (" while the trained reward rose" if rose else ""))
+    if saturated is not None and saturated > limits.discriminator_saturated:
+        found.append(
+            f"the discriminator is certain of {100 * saturated:.0f} % of the image pairs, so it no longer learns, and its "
+            "gradient hardly depends on the images"
+        )
     return found

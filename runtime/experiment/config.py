@@ -193,6 +193,12 @@ class WatchSection(Section):
         0.2, gt=0, description="fall of a held-out, untrained reward below the teacher's, in standard deviations of its scores"
     )
     diversity_drop: float = Field(0.3, gt=0, lt=1, description="share of the teacher's diversity that is lost")
+    discriminator_saturated: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of pairs of a real and a generated image of which an adversarial method's discriminator is certain",
+    )
     stop_on_hacking: bool = Field(
         False, description="end the run at a suspicion; checkpoints are then written only at evaluations without one"
     )

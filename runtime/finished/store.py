@@ -26,20 +26,25 @@ COLUMNS = 11
 
 
 def generate(file: Path, overrides: Sequence[str], executor: str, address: str, show: Callable[[int, int, int], None]) -> str:
-    """Draw every trajectory that an experiment reads and its store lacks. show: (groups done, groups, drawn samples).
+    """Draw every trajectory, or encode every image, that an experiment reads and its store lacks.
 
-    Returns a summary. Raises InputError for an experiment that reads no stored trajectories.
+    show: (groups done, groups, network evaluations). Returns a summary. Raises InputError for an experiment that reads neither.
     """
     experiment = read_experiment(file, overrides)
     train, _, _ = check_inputs(experiment, executor)
     objective, teacher = new_objective(experiment), experiment.teacher_sampling
     plan = objective.plan(1, experiment.rollouts.steps)
-    if plan.source != "teacher" or teacher.store is None:
-        raise InputError(f"{file}: {experiment.objective.algorithm} reads no stored trajectories, or teacher.store is null")
+    stores = {"teacher": teacher.store, "images": experiment.prompts.image_store}
+    if stores.get(plan.source) is None:
+        raise InputError(
+            f"{file}: {experiment.objective.algorithm} reads no stored trajectories or images, or its store is null "
+            "(teacher.store, prompts.image_store)"
+        )
+    passes = teacher.noises if plan.source == "teacher" else 1
     groups = [
         group
-        for number in range(teacher.noises)
-        for group in seed_teacher_groups(train, [number] * len(train), plan.group_size, teacher.seed, teacher.noises)
+        for number in range(passes)
+        for group in seed_teacher_groups(train, [number] * len(train), plan.group_size, teacher.seed, passes)
     ]
     size = experiment.rollouts.groups_per_step
     parts: list[list[Group]] = [groups[start : start + size] for start in range(0, len(groups), size)]
@@ -54,6 +59,8 @@ def generate(file: Path, overrides: Sequence[str], executor: str, address: str, 
             show(min(step * size, len(groups)), len(groups), drawn)
     finally:
         roles.close()
+    if plan.source == "images":
+        return f"{len(groups)} images: all latents are in {experiment.prompts.image_store}"
     return f"{len(groups) * plan.group_size} trajectories: {drawn:,} network evaluations, {saved:,} saved by the store"
 
 
@@ -75,7 +82,7 @@ def store_table(folder: Path) -> list[dict[str, str]]:
             found[teacher_of(entry)].append(entry)
     names = ("weights", "dtype", "solver", "steps", "guidance", "latents")
     rows = [{**dict(zip(names, teacher, strict=True)), **_sizes(own)} for teacher, own in found.items()]
-    return [*rows, {**dict.fromkeys(names, ""), "weights": "with prompts", **_sizes(entries)}]
+    return [*rows, {**dict.fromkeys(names, ""), "weights": "with prompts and images", **_sizes(entries)}]
 
 
 def _sizes(entries: Sequence[Entry]) -> dict[str, str]:
@@ -83,6 +90,7 @@ def _sizes(entries: Sequence[Entry]) -> dict[str, str]:
     return {
         "trajectories": str(len(trajectories)),
         "prompts": str(len({entry.about["prompt"] for entry in trajectories})),
+        "images": str(sum(entry.about["kind"] == "image" for entry in entries)),
         "MB": f"{sum(entry.size for entry in entries) / 10**6:.1f}",
     }
 

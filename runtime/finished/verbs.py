@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
 from diffusion import SOLVERS, Group, Plan, Prompt, sample_seed
 from inputs import nearest
+from inputs.images import ImageError, read_image
+from rollouts.images import fitted, open_images
 from rollouts.prompts import read_prompts
+from runtime.evaluation.distribution import cmmd, frechet_distance, recall
+from runtime.evaluation.evaluated import Evaluated
 from runtime.evaluation.evaluator import Evaluator
 from runtime.evaluation.heldout import heldout_groups
 from runtime.evaluation.statistics import heldout_metrics
@@ -83,14 +89,19 @@ def evaluate_run(
     steps: Sequence[int],
     solver: str | None,
     allow_code: bool = False,
+    reference: str | None = None,
 ) -> list[dict[str, str]]:
     """One row for each reward: the teacher's mean and the trained adapter's on the same noise. rewards: see `more_rewards`.
+
+    reference: a prompt set with images. Its captions are then the prompts, and each column has the distances of its images to
+    these, in the features between which diversity is measured.
 
     steps: numbers of solver steps, each with a column of its own; empty: the experiment's. The teacher samples as the
     experiment's section `teacher` states, and without one as the adapter does, at the first number of steps.
     """
     experiment, folder = read_run(run_dir, allow_code=allow_code)
     numbers = list(steps) or [experiment.rollouts.steps]
+    prompts = reference or prompts
     samplings = {number: changed_rollouts(experiment, steps=number, solver=solver) for number in numbers}
     experiment = more_rewards(experiment, rewards, allow_code)
     try:
@@ -103,6 +114,7 @@ def evaluate_run(
     generator, _ = trained_generator(experiment, folder)
     number = len(texts) if prompts else experiment.prompts.heldout_number
     groups = heldout_groups(texts[:number], experiment.seed)
+    real = None if reference is None else real_images(experiment, generator, reference, texts[:number])
     columns: dict[str, dict[str, str]] = {}
     base = None
     for count, sampling in samplings.items():
@@ -113,14 +125,45 @@ def evaluate_run(
         line = heldout_metrics(result, base)
         columns.setdefault("teacher", {label: f"{line[f'heldout/base/{label}']:.4f}" for label in result.scores})
         columns["teacher"]["diversity"] = f"{base.diversity:.4f}"
+        distances: dict[str, str] = {}
+        if real is not None:
+            features = evaluator.features(real)
+            columns["teacher"] |= to_real_images(base, features)
+            distances = to_real_images(result, features)
         columns["trained" if len(samplings) == 1 else f"trained, {count} step{'s' * (count > 1)}"] = {
             **{label: f"{line[f'heldout/{label}']:.4f}" for label in result.scores},
             "win rate of total": f"{line['heldout/win_rate']:.3f}",
             "standard error of the gain": f"{line['heldout/total_se']:.4f}",
             "diversity": f"{result.diversity:.4f}",
+            **distances,
         }
     labels = list(list(columns.values())[-1])
     return [{"reward": label, **{name: column.get(label, "") for name, column in columns.items()}} for label in labels]
+
+
+def real_images(experiment: Experiment, generator: PipelineGenerator, source: str, prompts: Sequence[Prompt]) -> Tensor:
+    """[B, 3, H, W]: a source's images of these prompts, in the generator's size and through its autoencoder, as samples are."""
+    section = experiment.generator
+    try:
+        images = open_images(source, prompts)
+        size = generator.image_size(section.height, section.width)
+        parts = [fitted(read_image(data, name), size)[None] for name, data in map(images, prompts)]
+    except (ValueError, ImageError) as error:
+        raise InputError(f"--reference {source}: {error}") from None
+    with torch.no_grad():
+        return torch.cat([generator.decode(generator.encode_images(part.to(generator.device))) for part in parts])
+
+
+def to_real_images(result: Evaluated, real: Tensor) -> dict[str, str]:
+    """Distances of an evaluation's images to real ones, features [A, D], and the shares of each set that the other covers."""
+    assert result.features is not None
+    generated, real = result.features, real.float().cpu()
+    return {
+        "Frechet distance": f"{frechet_distance(generated, real):.4f}",
+        "CMMD": f"{cmmd(generated, real):.4f}",
+        "precision": f"{recall(generated, real):.3f}",
+        "recall": f"{recall(real, generated):.3f}",
+    }
 
 
 def more_rewards(experiment: Experiment, texts: Sequence[str], allow_code: bool) -> Experiment:

@@ -94,7 +94,8 @@ def run(
             if progress.nfe_saved:
                 line["nfe/saved"] = progress.nfe_saved
             if step % experiment.run.evaluate_every == 0 or step == last:
-                line |= evaluate(experiment, folder, executor, groups, teacher, step, progress)
+                saturated = update.metrics.get("discriminator/saturated")
+                line |= evaluate(experiment, folder, executor, groups, teacher, step, progress, saturated)
             progress.step, progress.seconds = step, time.monotonic() - started
             log.write({"step": step, "seconds": progress.seconds, **line, "nfe/teacher": progress.nfe_teacher})
             stopping = bool(stopped)  # read once, so that a run that stops here has a checkpoint of this step
@@ -157,11 +158,12 @@ def evaluate(
     teacher: Evaluated,
     step: int,
     progress: Progress,
+    saturated: float | None,
 ) -> dict[str, Any]:
-    """The metrics of an evaluation; writes its image grid."""
+    """The metrics of an evaluation; writes its image grid. saturated: see `suspicions`."""
     result = executor.evaluate(groups, evaluated_adapter(experiment))
     progress.nfe_teacher += result.nfe
-    line = evaluation_metrics(experiment, result, teacher)
+    line = evaluation_metrics(experiment, result, teacher, saturated)
     save_samples(folder.path / "samples" / f"step_{step:06d}", result.images, teacher.images, groups)
     if progress.best is None or line["heldout/total"] > progress.best:
         progress.best, progress.best_step = line["heldout/total"], step

@@ -275,6 +275,16 @@ def test_micro_batches_share_what_was_sampled():
     torch.testing.assert_close(whole, (4 * parts[0] + 2 * parts[1]) / 6)
 
 
+def test_accuracy_and_saturation_of_scores():
+    method, tools = adt(), setting(Network())
+    rows = rows_of(method, tools, number=4)
+    real, fake = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 3.0], [1.5, 1.5]]), torch.tensor([[-1.0], [0.5], [0.9], [0.0]])
+    method._scores = lambda *given, needs_real: (real, fake)
+    metrics = method.loss(DISCRIMINATOR, rows, tools).metrics
+    assert metrics["discriminator/accuracy"] == 0.75
+    assert metrics["discriminator/saturated"] == 0.5, "2.5 and 2.1 exceed the margins"
+
+
 def test_turns_have_augmentations_of_their_own():
     method = adt(discriminator_updates=2)
     tools = setting(Network())

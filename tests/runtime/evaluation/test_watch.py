@@ -84,3 +84,14 @@ def test_an_image_without_a_score_on_one_side_is_excluded_from_both():
     assert "heldout/total_se" not in heldout_metrics(one, one)
     with pytest.raises(RewardError, match="no held-out image has a score"):
         heldout_metrics(result, Evaluated({**teacher.scores, "total": torch.full((6,), nan)}, ONE, NO_IMAGES, 0))
+
+
+def test_a_saturated_discriminator_and_lost_diversity_without_a_rising_reward():
+    teacher, result = evaluated(0.0, 0.0, 1.0), evaluated(-1.0, -2.0, 0.6)
+    line = heldout_metrics(result, teacher) | watch_metrics(result, teacher, {"total"})
+    assert suspicions(line, result, teacher, WatchSection()) == []
+    assert suspicions(line, result, teacher, WatchSection(), 0.5) == ["diversity fell by 40 %"]
+    lost, certain = suspicions(line, result, teacher, WatchSection(), 0.95)
+    assert lost == "diversity fell by 40 %"
+    assert certain.startswith("the discriminator is certain of 95 % of the image pairs")
+    assert suspicions(line, result, teacher, WatchSection(discriminator_saturated=1.0, diversity_drop=0.5), 0.95) == []

@@ -74,6 +74,7 @@ def test_experiments_of_each_kind_exist():
     assert {
         *(f"{method}_glyphs" for method in ("ccm", "consistency", "reflow", "pcm", "dmd2", "ccm_reward", "ccm_then_grpo")),
         "ccm_sd35",
+        *(f"adt_{what}" for what in ("glyphs", "distill_glyphs", "symmetry_glyphs", "sd35")),
     } < names
 
 
@@ -110,12 +111,14 @@ def test_an_experiment_on_sd35_is_valid(path, sd35_medium, tmp_path):
         "rewards.train.0.tokenizer": EMBEDDED["glyphs"] / "tokenizer",
         "rewards.heldout.0.weights": EMBEDDED["glyphs-clip"],
     }
+    if path.stem == "adt_sd35":
+        from_hub["objective.features"] = "embedded:glyphs-clip"
     experiment = read_experiment(path, [f"{key}={here}" for key, here in from_hub.items()])
     _, _, generator = check_inputs(experiment, "inline")
     assert experiment.name == path.stem
     assert generator.parameters == 2_469_663_936, "2.24 billion parameters, and a table of positions"
     rank, layers = shape_of_adapter(experiment, generator)
-    expected_rank, evaluations = {"ccm_sd35": (64, "1,920")}.get(path.stem, (32, "1,600"))
+    expected_rank, evaluations = {"ccm_sd35": (64, "1,920"), "adt_sd35": (32, "640")}.get(path.stem, (32, "1,600"))
     assert rank == expected_rank
     assert len(layers) == 24 * 8 - 1 + 13 * 4, "joint attention, without the last context output, and the image-only one"
     assert f"at most {evaluations} network evaluations without gradient" in plan_text(experiment, "inline", generator)
