@@ -1,8 +1,8 @@
 """ADT on the glyph teacher with 8 Euler steps: its images against real renders, beside plain fine-tuning; and with a reward.
 
 `teacher`: not tuned. `plain`: the diffusion loss alone on the renders (adversarial_weight 0), and `adt`, with equal updates,
-adapters, optimisers and data. `drtune` maximises a reward, symmetry; `drtune_adt` is ADT with the same reward: their row is the
-first evaluated update at which the reward has reached the lower of the two final values.
+adapters, optimisers and data. `drtune` maximises a reward, symmetry; `drtune_adt` is ADT with the same reward: their rows are
+the first evaluations at which the reward has reached the best value of the one that reaches less.
 
 Then 2000 images of training captions are compared with as many renders of the same captions that were not trained on. Frechet
 distance, CMMD, precision and recall are in features of the last block of the embedded CLIP, on whose blocks the discriminator
@@ -104,9 +104,13 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     parser.add_argument("--looks", type=int, default=1, help="evaluations of plain and ADT, evenly spaced over the updates")
     parser.add_argument("--methods", nargs="+", default=["plain", "adt", "reward"], choices=["plain", "adt", "reward"])
+    parser.add_argument("--reward-updates", type=int, nargs=2, help="of DRTune, and of ADT with the reward")
+    parser.add_argument("--reward-looks", type=int, help="evaluations of each of the two, evenly spaced")
     parser.add_argument("--override", nargs="+", default=[], help="further changes of adt_glyphs.yaml for ADT alone")
     arguments = parser.parse_args()
-    defaults = {"seeds": 1, "updates": 10, "images": 256} if arguments.quick else {"seeds": 3, "updates": 80, "images": 2000}
+    quick = {"seeds": 1, "updates": 10, "images": 256, "reward_updates": [6, 6], "reward_looks": 2}
+    full = {"seeds": 3, "updates": 80, "images": 2000, "reward_updates": [30, 60], "reward_looks": 10}
+    defaults = quick if arguments.quick else full
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -127,7 +131,24 @@ def main() -> None:
     trained = [name for name in ("plain", "adt") if name in rows]
     results |= {name: [row["frechet"] for row in rows[name]] for name in trained}
     results["recall"] = {"teacher": rows["teacher"]["recall"], **{n: [row["recall"] for row in rows[n]] for n in trained}}
+    if "reward" in arguments.methods:
+        results["with_reward"] = rows["with_reward"] = with_reward(comparison, arguments.reward_updates, arguments.reward_looks)
     print(json.dumps({**results, "rows": rows}))
+
+
+def with_reward(comparison: Comparison, updates: list[int], looks: int) -> dict[str, dict[str, float]]:
+    """DRTune and ADT with a reward, each at its first evaluation whose reward is at least the lower one's best."""
+    curves = {}
+    files = {"drtune": "drtune_symmetry_glyphs.yaml", "drtune_adt": "adt_symmetry_glyphs.yaml"}
+    for (name, file), number in zip(files.items(), updates, strict=True):
+        at = sorted({max(1, number * (i + 1) // looks) for i in range(looks)})
+        _, curves[name] = train(file, [], number, at, comparison.row)
+    reached = min(max(row["symmetry"] for row in curve) for curve in curves.values())
+    found = {}
+    for name, curve in curves.items():
+        row = next(row for row in curve if row["symmetry"] >= reached)
+        found[name] = {"reward": row["symmetry"], **row}
+    return found
 
 
 if __name__ == "__main__":
