@@ -153,9 +153,9 @@ def measure(arguments: argparse.Namespace, store: Path) -> None:
         results[method] = {str(steps): {} for steps in (1, 2, 4)}
         for seed in range(arguments.seeds):
             trained, seconds, lines = train(method, seed, arguments, store)
-            for steps in ("1", "2", "4"):
-                columns = results[method][steps]
-                latents = sample(trained, prompts, "ema", int(steps), SOLVER.get(method, "consistency"))
+            for number in (1, 2, 4):
+                columns = results[method][str(number)]
+                latents = sample(trained, prompts, "ema", number, SOLVER.get(method, "consistency"))
                 for name, value in row(judges, latents, reference, real, prompts).items():
                     columns.setdefault(name, []).append(value)
             results[method].setdefault("seconds", []).append(round(seconds, 1))
