@@ -5,8 +5,8 @@ adapters, optimisers and data. `drtune` maximises a reward, symmetry; `drtune_ad
 the first evaluations at which the reward has reached the best value of the one that reaches less.
 
 Then 2000 images (512 in the comparison with a reward) of training captions are compared with as many renders of the same
-captions that were not trained on. Frechet distance, CMMD, precision and recall are in features of the last block of the embedded
-CLIP, on whose blocks the discriminator is trained, too; `frechet_pixels`, in images of 8 x 8 pixels, is independent of it.
+captions that were not trained on. Frechet distance, CMMD, precision and recall are in features of the last block of the
+embedded CLIP, on whose blocks the discriminator is trained, too; `frechet_pixels`, in images of 8 x 8 pixels, is not.
 
 The last line is JSON: {"teacher": Frechet distance, "plain": [one for each seed], "adt": [...], "recall": {"teacher": ...,
 "plain": [...], "adt": [...]}, "with_reward": {"drtune": {"reward": ..., "frechet": ..., "glyph_match": ...}, "drtune_adt":
@@ -165,8 +165,8 @@ def main() -> None:
     results["recall"] = {"teacher": rows["teacher"]["recall"], **{n: [row["recall"] for row in rows[n]] for n in trained}}
     if "reward" in arguments.methods:
         fewer = Comparison(comparison.generator, prompts[:REWARD_IMAGES])
-        found, with_images = with_reward(fewer, arguments.reward_updates, arguments.reward_looks)
-        results["with_reward"] = rows["with_reward"] = found
+        rewarded, with_images = with_reward(fewer, arguments.reward_updates, arguments.reward_looks)
+        results["with_reward"] = rows["with_reward"] = rewarded
         shown |= {LABELS[name]: image for name, image in with_images.items()}
     if arguments.figure is not None:
         draw(shown, arguments.figure)
