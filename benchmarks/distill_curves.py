@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     parser.add_argument("--store", type=Path, help="folder of the trajectory store; default: a temporary one")
     arguments = parser.parse_args()
-    defaults = {"seeds": 1, "updates": 10, "images": 128} if arguments.quick else {"seeds": 3, "updates": 200, "images": 2000}
+    defaults = {"seeds": 1, "updates": 10, "images": 128} if arguments.quick else {"seeds": 3, "updates": 60, "images": 2000}
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
