@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -318,6 +319,34 @@ def test_the_discriminator_learns_to_tell_images_apart_and_not_equal_ones():
         else:
             assert loss.value < 1.9
             assert loss.metrics["discriminator/accuracy"] == expected
+
+
+def test_the_later_the_start_the_harder_the_images_are_to_tell_apart():
+    """A network that is wrong everywhere: an image differs from its x_0 the more, the more steps the sampler took to it."""
+    network, method = Network(), adt(discriminator_updates=1, augmentation=0.3)
+    tools = setting(network, grid=torch.linspace(1, 0, S + 1, dtype=F64))
+    optimizer = torch.optim.Adam(method.networks[DISCRIMINATOR].parameters(), 0.01)
+
+    def given(seed, number):
+        start = torch.arange(S).repeat(number // S)
+        rows = method.items(rollout(number, seed), None, replace(tools, rng=torch.Generator().manual_seed(seed)))
+        # Images of one kind, so that a sample of another kind stands out: x_0 around 1.
+        rows = replace(rows, clean=1 + 0.1 * rows.clean, start=start, turn=1)
+        return replace(rows, generated=sample(rows, "policy", tools, with_gradient=False))
+
+    for step in range(60):
+        loss = method.loss(DISCRIMINATOR, given(step + 1, 60), tools)
+        optimizer.zero_grad()
+        loss.value.backward()
+        optimizer.step()
+    rows = given(1000, 600)
+    with torch.no_grad():
+        real, fake = method._scores(method.networks[DISCRIMINATOR], rows.generated, rows, tools, needs_real=True)
+    right = (real.mean(1) > fake.mean(1)).float()
+    accuracy = [right[rows.start == start].mean().item() for start in reversed(range(S))]
+    assert all(later >= earlier - 0.05 for earlier, later in pairwise(accuracy)), accuracy
+    assert accuracy[0] < 0.75
+    assert accuracy[-1] > 0.9
 
 
 def test_the_adaptive_weight_is_measured_and_kept():
