@@ -20,7 +20,8 @@ No code is public, and of the paper only the abstract was available. Where each 
   adaptive weight w; the order of the players (policy first, then the discriminator, on the same images, sampled once); K steps
   drawn at random for each row; `target: teacher`; the reward term; all constants.
 
-The three discriminators (`loss`), D(x) the mean of x's logits and S the similarity (`diffusion.discriminator`):
+The three discriminators (`loss`). D(x) are x's logits, one for each patch and layer, over which losses are averaged; S is the
+similarity (`diffusion.discriminator`):
 
 | loss         | discriminator                                              | policy                        |
 | ------------ | ---------------------------------------------------------- | ----------------------------- |
@@ -187,6 +188,8 @@ class ADT(Objective):
         if self.config.start == "noise":
             start = torch.zeros_like(start)
         turns = 1 + self.config.discriminator_updates
+        with torch.no_grad():
+            real = tools.codec.decode(clean) if self.config.adversarial_weight else clean.new_empty(number, 0)
         return ImageRows(
             clean=clean,
             noise=normal(),
@@ -196,7 +199,8 @@ class ADT(Objective):
             t=1 - torch.rand(number, generator=rng, dtype=torch.float64),
             diffused=normal(),
             views=draw_augmentation(number * turns * VIEWS, rng).view(number, turns, VIEWS, -1),
-            generated=torch.zeros_like(clean),
+            real=real,
+            generated=torch.zeros_like(real),
             condition=rollout.condition[rollout.group],
             prompts=rollout.sample_prompts,
         )
@@ -223,10 +227,11 @@ class ADT(Objective):
             return Loss(value, metrics)
         adversarial_now = config.adversarial_weight > 0 and tools.step >= config.adversarial_start
         generated = sample(rows, player, tools, with_gradient=adversarial_now or config.reward_weight > 0)
-        rows.generated.copy_(generated.detach())
+        if config.adversarial_weight:
+            images = tools.codec.decode(generated if adversarial_now else generated.detach())
+            rows.generated.copy_(images.detach())
         if adversarial_now:
-            heads = self.networks[AVERAGE if config.discriminator_ema is not None else DISCRIMINATOR]
-            losses = self.comparison.policy_loss(*self._scores(heads, generated, rows, tools, self.comparison.relative))
+            losses = self._adversarial_losses(images, rows, tools)
             adversarial = losses.mean()
             weight = config.adversarial_weight * self._adaptive_weight(diffusion, adversarial, player, tools)
             value = value + weight * adversarial
@@ -237,6 +242,15 @@ class ADT(Objective):
             value = value + config.reward_weight * rewarded.value
             metrics, known = {**metrics, **rewarded.metrics}, {**known, **rewarded.known}
         return Loss(value, metrics, known)
+
+    def _adversarial_losses(self, images: Tensor, rows: ImageRows, tools: Tools) -> Tensor:
+        """[N], of the policy. images: [N, 3, H, W], generated."""
+        heads = self.networks[AVERAGE if self.config.discriminator_ema is not None else DISCRIMINATOR]
+        fake, real, reference = self._features(images, rows, 0, tools), None, None
+        if self.comparison.relative or self.comparison.paired:
+            features, reference = self._real_features(rows, tools)
+            real = self.comparison.score(heads, features, reference).detach()
+        return self.comparison.policy_loss(real, self.comparison.score(heads, fake, reference))
 
     def _adaptive_weight(self, diffusion: Tensor | None, adversarial: Tensor, player: str, tools: Tools) -> float:
         """Measured on the first micro-batch of every `adaptive_every`-th step, and kept in between."""
@@ -250,46 +264,30 @@ class ADT(Objective):
         return self.weight[0].item()
 
     def _discriminator_loss(self, rows: ImageRows, tools: Tools) -> Loss:
-        real, fake = self._scores(self.networks[DISCRIMINATOR], rows.generated, rows, tools, needs_real=True)
+        heads, config = self.networks[DISCRIMINATOR], self.config
+        inputs, reference = self._real_features(rows, tools)
+        if config.r1_weight:
+            inputs = [layer.requires_grad_() for layer in inputs]
+        real = self.comparison.score(heads, inputs, reference)
+        fake = self.comparison.score(heads, self._features(rows.generated, rows, 0, tools), reference)
         value = self.comparison.discriminator_loss(real, fake)
         apart = real.detach().mean(1) - fake.detach().mean(1)
         right, certain = (apart > 0).float(), (apart > CERTAIN).float()
         metrics, known = by_time({"accuracy": right}, tools.grid[rows.start], "start")
         metrics |= {"discriminator/accuracy": right.mean(), "discriminator/saturated": certain.mean()}
-        if self.config.r1_weight:
-            penalty = self._r1(rows, tools)
-            value, metrics["discriminator/r1"] = value + self.config.r1_weight * penalty, penalty.detach()
+        if config.r1_weight:
+            penalty = r1_penalty(real, inputs)
+            value, metrics["discriminator/r1"] = value + config.r1_weight * penalty, penalty.detach()
         return Loss(value, metrics, known)
 
-    def _scores(
-        self, heads: nn.Module, generated: Tensor, rows: ImageRows, tools: Tools, needs_real: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Scores of the real images and of the generated latents, both [N, logits]; real ones only where needed, else empty."""
-        views, reference, real = rows.views[:, rows.turn], None, generated.new_empty(0)
-        if needs_real or self.comparison.paired:
-            with torch.no_grad():
-                images = tools.codec.decode(rows.clean)
-        if self.comparison.paired:
-            reference = self._features(images, views[:, 2], tools)
-        if needs_real:
-            real = self.comparison.score(heads, self._features(images, views[:, 1], tools), reference)
-        fake = self._features(tools.codec.decode(generated), views[:, 0], tools)
-        return real, self.comparison.score(heads, fake, reference)
+    def _real_features(self, rows: ImageRows, tools: Tools) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Features of the real images; and of another view of them, where the score is a comparison."""
+        reference = self._features(rows.real, rows, 2, tools) if self.comparison.paired else None
+        return self._features(rows.real, rows, 1, tools), reference
 
-    def _r1(self, rows: ImageRows, tools: Tools) -> Tensor:
-        """Of real images, at the features."""
-        views, reference = rows.views[:, rows.turn], None
-        with torch.no_grad():
-            images = tools.codec.decode(rows.clean)
-            if self.comparison.paired:
-                reference = self._features(images, views[:, 2], tools)
-            features = self._features(images, views[:, 1], tools)
-        inputs = [layer.requires_grad_() for layer in features]
-        return r1_penalty(self.comparison.score(self.networks[DISCRIMINATOR], inputs, reference), inputs)
-
-    def _features(self, images: Tensor, views: Tensor, tools: Tools) -> list[Tensor]:
+    def _features(self, images: Tensor, rows: ImageRows, view: int, tools: Tools) -> list[Tensor]:
         assert tools.features is not None
-        return tools.features(apply_augmentation(images, views, self.strengths))
+        return tools.features(apply_augmentation(images, rows.views[:, rows.turn, view], self.strengths))
 
 
 def diffusion_loss(rows: ImageRows, player: str, tools: Tools) -> Tensor:

@@ -6,7 +6,7 @@ Axes: N rows, each one image x_0; S solver steps; V views of an image pair, i.e.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ class ImageRows:
     """[N, ...] the noise of the diffusion loss"""
     views: Tensor
     """[N, turns, V, 7] draws of augmentations, one set for the policy and for each update of the discriminator"""
+    real: Tensor
+    """[N, 3, H, W] x_0 decoded; [N, 0] without a discriminator"""
     generated: Tensor
-    """[N, ...] the sampler's latents, which the policy's turn writes and the discriminator's turns read"""
+    """like `real`: the sampler's images, which the policy's turn writes and the discriminator's turns read"""
     condition: Condition
     prompts: Sequence[Prompt]
     turn: int = 0
@@ -50,7 +52,7 @@ class ImageRows:
 
     def __getitem__(self, rows: slice) -> ImageRows:
         # Slices of tensors are views, so a micro-batch writes its part of `generated`.
-        names = ("clean", "noise", "fresh", "start", "trained", "t", "diffused", "views", "generated", "condition", "prompts")
+        names = {field.name for field in fields(self)} - {"turn"}
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
 

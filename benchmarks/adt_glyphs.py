@@ -1,16 +1,17 @@
 """ADT on the glyph teacher with 8 Euler steps: its images against real renders, beside plain fine-tuning; and with a reward.
 
 `teacher`: not tuned. `plain`: the diffusion loss alone on the renders (adversarial_weight 0), and `adt`, with equal updates,
-adapters, optimisers and data. `drtune` maximises a reward, symmetry; `drtune_adt` is ADT with the same reward: their rows are
-the first evaluations at which the reward has reached the best value of the one that reaches less.
+adapters, optimisers and data. `drtune` maximises a reward, symmetry; `drtune_adt` is ADT with the same reward, and
+`drtune_diffusion` the same without the discriminator, which tells what the diffusion loss alone does. Their rows are the first
+evaluations at which the reward has reached the best value of the run that reaches least.
 
 Then 2000 images (512 in the comparison with a reward) of training captions are compared with as many renders of the same
 captions that were not trained on. Frechet distance, CMMD, precision and recall are in features of the last block of the
 embedded CLIP, on whose blocks the discriminator is trained, too; `frechet_pixels`, in images of 8 x 8 pixels, is not.
 
 The last line is JSON: {"teacher": Frechet distance, "plain": [one for each seed], "adt": [...], "recall": {"teacher": ...,
-"plain": [...], "adt": [...]}, "with_reward": {"drtune": {"reward": ..., "frechet": ..., "glyph_match": ...}, "drtune_adt":
-{...}}, "rows": all columns}.
+"plain": [...], "adt": [...]}, "with_reward": {"drtune": {"reward": ..., "frechet": ..., "glyph_match": ...},
+"drtune_diffusion": {...}, "drtune_adt": {...}}, "rows": all columns}.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ LABELS = {
     "plain": "fine-tuning",
     "adt": "ADT",
     "drtune": "DRTune on symmetry",
-    "drtune_adt": "the same with ADT",
+    "drtune_diffusion": "with the diffusion loss",
+    "drtune_adt": "with ADT",
 }
 REWARD_IMAGES = 512
 """Images of an evaluation in the comparison with a reward."""
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--override", nargs="+", default=[], help="further changes of adt_glyphs.yaml for ADT alone")
     arguments = parser.parse_args()
     quick = {"seeds": 1, "updates": 10, "images": 256, "reward_updates": [6, 6], "reward_looks": 2}
-    full = {"seeds": 3, "updates": 60, "images": 2000, "reward_updates": [24, 40], "reward_looks": 8}
+    full = {"seeds": 3, "updates": 60, "images": 2000, "reward_updates": [24, 40], "reward_looks": 20}
     defaults = quick if arguments.quick else full
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
@@ -174,15 +176,17 @@ def main() -> None:
 
 
 def with_reward(comparison: Comparison, updates: list[int], looks: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """DRTune and ADT with a reward, each at its first evaluation whose reward is at least the lower one's best.
-
-    Returns rows and images.
-    """
+    """Each run at its first evaluation whose reward is at least the best of the run that reaches least: rows and images."""
+    drtune, adt = updates
+    runs: dict[str, tuple[str, list[str], int]] = {
+        "drtune": ("drtune_symmetry_glyphs.yaml", [], drtune),
+        "drtune_diffusion": ("adt_symmetry_glyphs.yaml", ["objective.adversarial_weight=0"], adt),
+        "drtune_adt": ("adt_symmetry_glyphs.yaml", [], adt),
+    }
     curves, images = {}, {}
-    files = {"drtune": "drtune_symmetry_glyphs.yaml", "drtune_adt": "adt_symmetry_glyphs.yaml"}
-    for (name, file), number in zip(files.items(), updates, strict=True):
+    for name, (file, changes, number) in runs.items():
         at = sorted({max(1, number * (i + 1) // looks) for i in range(looks)})
-        _, curves[name], images[name] = train(file, [], number, at, comparison)
+        _, curves[name], images[name] = train(file, changes, number, at, comparison)
     reached = min(max(row["symmetry"] for row in curve) for curve in curves.values())
     first = {name: next(i for i, row in enumerate(curve) if row["symmetry"] >= reached) for name, curve in curves.items()}
     rows = {name: {"reward": curves[name][i]["symmetry"], **curves[name][i]} for name, i in first.items()}

@@ -113,8 +113,8 @@ class Comparison:
     """(heads, an image's features, a real image's features) -> scores [B, N]"""
     discriminator_loss: Callable[[Tensor, Tensor], Tensor]
     """(real, fake scores [B, N]) -> []"""
-    policy_loss: Callable[[Tensor, Tensor], Tensor]
-    """(real, fake scores [B, N]) -> [B]"""
+    policy_loss: Callable[[Tensor | None, Tensor], Tensor]
+    """(real, fake scores [B, N]) -> [B]; real may be None unless `relative`"""
     paired: bool = False
     """The score needs the real image's features."""
     relative: bool = False
@@ -123,19 +123,29 @@ class Comparison:
 
 def new_comparison(name: str, gamma: float) -> Comparison:
     """hinge, relativistic: logits of one image; siamese: the similarity with a real image, gamma its bound. Ours: the last."""
+
+    def hinge_policy(real: Tensor | None, fake: Tensor) -> Tensor:
+        return torch.vmap(hinge_generator)(fake)
+
     if name == "siamese":
-        return Comparison(
-            SiameseHeads,
-            lambda heads, features, real: similarity(heads(features), heads(real), gamma)[:, None],
-            hinge_discriminator,
-            lambda real, fake: -fake.mean(1),
-            paired=True,
-        )
-    losses = {
-        "hinge": (hinge_discriminator, lambda real, fake: -fake.mean(1)),
-        "relativistic": (relativistic_discriminator, lambda real, fake: F.softplus(real - fake).mean(1)),
-    }
-    return Comparison(Heads, lambda heads, features, real: heads(features), *losses[name], relative=name == "relativistic")
+
+        def compared(heads: nn.Module, features: Sequence[Tensor], real: Sequence[Tensor] | None) -> Tensor:
+            return similarity(heads(features), heads(real), gamma)[:, None]
+
+        return Comparison(SiameseHeads, compared, hinge_discriminator, hinge_policy, paired=True)
+
+    def logits(heads: nn.Module, features: Sequence[Tensor], real: Sequence[Tensor] | None) -> Tensor:
+        return heads(features)
+
+    if name == "hinge":
+        return Comparison(Heads, logits, hinge_discriminator, hinge_policy)
+    assert name == "relativistic", name
+
+    def relativistic_policy(real: Tensor | None, fake: Tensor) -> Tensor:
+        assert real is not None
+        return torch.vmap(relativistic_generator)(real, fake)
+
+    return Comparison(Heads, logits, relativistic_discriminator, relativistic_policy, relative=True)
 
 
 def adaptive_weight(

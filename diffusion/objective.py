@@ -46,6 +46,7 @@ class Tools:
     predict: Predict
     """With the experiment's guidance."""
     unguided: Predict
+    """Without guidance, as diffusion models are trained."""
     path: Path
     solver: Solver
     grid: Tensor

@@ -65,7 +65,7 @@ def open_images(source: str, prompts: Sequence[Prompt]) -> ImageSet:
         table = Dataset.from_parquet(str(path))
     else:
         raise ValueError(
-            f"prompts.train = {source!r}: has no images, only texts (allowed: a folder of images, a WebDataset (.tar), a "
+            f"prompts {source}: has no images, only texts (allowed: a folder of images, a WebDataset (.tar), a "
             "data set with a column of images, embedded:glyphs/train)"
         )
     return TableImages(source, table, prompts)
@@ -102,7 +102,7 @@ class TableImages:
 
         self.source, self.columns = source, tables.image_columns(table)
         if not self.columns:
-            raise ValueError(f"prompts.train = {source!r}: has no column of images (columns: {', '.join(table.column_names)})")
+            raise ValueError(f"prompts {source}: has no column of images (columns: {', '.join(table.column_names)})")
         self.table = table.select_columns(self.columns)
         for column in self.columns:
             self.table = self.table.cast_column(column, Image(decode=False))

@@ -101,8 +101,7 @@ def _open(source: str) -> tuple[Rows, Sequence[str]]:
     if is_image_folder(path):
         return folder_rows(source, path), TEXT_COLUMNS
     if tables.is_web_dataset(path):
-        rows = _rows(tables.web_dataset(source, path))
-        return ((number, {**row, **(row.get("json") or {})}) for number, row in rows), (tables.WEB_TEXT, *TEXT_COLUMNS)
+        return tables.web_rows(tables.web_dataset(source, path)), (tables.WEB_TEXT, *TEXT_COLUMNS)
     if tables.is_saved_dataset(path):
         return _rows(tables.saved_dataset(source, path)), TEXT_COLUMNS
     if path.is_file() and path.suffix in readers:

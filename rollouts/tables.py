@@ -6,8 +6,9 @@ A WebDataset is one or more .tar files, in which the files KEY.jpg and KEY.txt (
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inputs import hub_errors
 
@@ -38,6 +39,13 @@ def web_dataset(source: str, path: Path) -> Dataset:
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"prompts {source}: not a WebDataset: {str(cause).splitlines()[0]}") from None
+
+
+def web_rows(table: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, columns) with those of KEY.json, and without the keys and paths of the archives, which may be moved."""
+    for number, row in enumerate(without_media(table), 1):
+        plain = {name: value for name, value in row.items() if not name.startswith("__") and name != "json"}
+        yield number, {**plain, **(row.get("json") or {})}
 
 
 def saved_dataset(source: str, path: Path) -> Dataset:

@@ -33,14 +33,14 @@ PLACES = ("weights", "head", "tokenizer", "med_config")
 def check_inputs(experiment: Experiment, executor: str) -> tuple[list[Prompt], list[Prompt], Outline]:
     """The prompts to train on, the held-out ones, and the generator's outline."""
     train, heldout, generator = check_task(experiment, on_this_machine=executor == "inline")
-    with _errors_of("prompts"):
-        check_images(experiment, train)
     with _errors_of("rewards"):
         check_gradient(experiment)
     with _errors_of("lora"):
         shape_of_adapter(experiment, generator)
     with _errors_of("objective"):
         check_objective(experiment)
+    with _errors_of("prompts"):
+        check_images(experiment, train)
     return train, heldout, generator
 
 

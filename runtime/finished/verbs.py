@@ -99,6 +99,8 @@ def evaluate_run(
     steps: numbers of solver steps, each with a column of its own; empty: the experiment's. The teacher samples as the
     experiment's section `teacher` states, and without one as the adapter does, at the first number of steps.
     """
+    if prompts and reference:
+        raise InputError(f"--reference {reference}: its captions are the prompts; leave out --prompts {prompts}")
     experiment, folder = read_run(run_dir, allow_code=allow_code)
     numbers = list(steps) or [experiment.rollouts.steps]
     prompts = reference or prompts

@@ -67,10 +67,13 @@ class Features:
 
 
 class Codec:
+    decoded = 0
+
     def encode(self, prompts):
         raise AssertionError
 
     def decode(self, latents):
+        self.decoded += len(latents)
         return torch.sigmoid(latents)
 
     def encode_images(self, images):
@@ -253,13 +256,14 @@ def test_the_players_do_not_touch_each_other(loss):
     assert network.weights["policy"].grad.abs().min() > 0, "the gradient reaches the policy through the frozen network"
     assert all(parameter.grad is None for parameter in heads.parameters())
     assert rows.generated.abs().min() > 0
-    torch.testing.assert_close(rows.generated, sample(rows, "policy", tools, False)), "what the discriminator sees"
+    torch.testing.assert_close(rows.generated, Codec().decode(sample(rows, "policy", tools, False)))
     network.calls.clear()
     network.weights["policy"].grad = None
     method.loss(DISCRIMINATOR, critic_rows, tools).value.backward()
     assert all(parameter.grad is not None for parameter in heads.parameters())
     assert network.weights["policy"].grad is None
     assert not network.calls, "images are sampled once"
+    assert tools.codec.decoded == 5 + 5, "and decoded once, as the real ones are"
     assert all(parameter.grad is None for parameter in frozen.parameters())
     assert all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
 
@@ -270,7 +274,7 @@ def test_micro_batches_share_what_was_sampled():
     rows = rows_of(method, tools, number=6)
     for part in (rows[:4], rows[4:]):
         method.loss("policy", part, tools)
-    torch.testing.assert_close(rows.generated, sample(rows, "policy", tools, False))
+    torch.testing.assert_close(rows.generated, Codec().decode(sample(rows, "policy", tools, False)))
     whole = method.loss(DISCRIMINATOR, rows, tools).value
     parts = [method.loss(DISCRIMINATOR, part, tools).value for part in (rows[:4], rows[4:])]
     torch.testing.assert_close(whole, (4 * parts[0] + 2 * parts[1]) / 6)
@@ -280,7 +284,8 @@ def test_accuracy_and_saturation_of_scores():
     method, tools = adt(), setting(Network())
     rows = rows_of(method, tools, number=4)
     real, fake = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 3.0], [1.5, 1.5]]), torch.tensor([[-1.0], [0.5], [0.9], [0.0]])
-    method._scores = lambda *given, needs_real: (real, fake)
+    scores = iter([real, fake])
+    method.comparison = replace(method.comparison, score=lambda heads, features, reference: next(scores))
     metrics = method.loss(DISCRIMINATOR, rows, tools).metrics
     assert metrics["discriminator/accuracy"] == 0.75
     assert metrics["discriminator/saturated"] == 0.5, "2.5 and 2.1 exceed the margins"
@@ -306,7 +311,7 @@ def test_the_discriminator_learns_to_tell_images_apart_and_not_equal_ones():
     tools = setting(network)
     optimizer = torch.optim.Adam(method.networks[DISCRIMINATOR].parameters(), 0.01)
     rows = rows_of(method, tools, number=40)
-    for generated, expected in ((rows.clean, None), (rows.clean + 1, 1.0)):
+    for generated, expected in ((rows.real, None), (Codec().decode(rows.clean + 1), 1.0)):
         given = replace(rows, generated=generated, turn=1)
         for _ in range(40):
             loss = method.loss(DISCRIMINATOR, given, tools)
@@ -331,8 +336,9 @@ def test_the_later_the_start_the_harder_the_images_are_to_tell_apart():
         start = torch.arange(S).repeat(number // S)
         rows = method.items(rollout(number, seed), None, replace(tools, rng=torch.Generator().manual_seed(seed)))
         # Images of one kind, so that a sample of another kind stands out: x_0 around 1.
-        rows = replace(rows, clean=1 + 0.1 * rows.clean, start=start, turn=1)
-        return replace(rows, generated=sample(rows, "policy", tools, with_gradient=False))
+        clean = 1 + 0.1 * rows.clean
+        rows = replace(rows, clean=clean, real=Codec().decode(clean), start=start, turn=1)
+        return replace(rows, generated=Codec().decode(sample(rows, "policy", tools, with_gradient=False)))
 
     for step in range(60):
         loss = method.loss(DISCRIMINATOR, given(step + 1, 60), tools)
@@ -340,10 +346,16 @@ def test_the_later_the_start_the_harder_the_images_are_to_tell_apart():
         loss.value.backward()
         optimizer.step()
     rows = given(1000, 600)
+
+    def rows_from(rows, start):
+        """The rows of one start; they were made in turn."""
+        return rows[start::S]
+
     with torch.no_grad():
-        real, fake = method._scores(method.networks[DISCRIMINATOR], rows.generated, rows, tools, needs_real=True)
-    right = (real.mean(1) > fake.mean(1)).float()
-    accuracy = [right[rows.start == start].mean().item() for start in reversed(range(S))]
+        accuracy = [
+            method.loss(DISCRIMINATOR, rows_from(rows, start), tools).metrics["discriminator/accuracy"].item()
+            for start in reversed(range(S))
+        ]
     assert all(later >= earlier - 0.05 for earlier, later in pairwise(accuracy)), accuracy
     assert accuracy[0] < 0.75
     assert accuracy[-1] > 0.9

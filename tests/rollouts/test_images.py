@@ -105,6 +105,10 @@ def test_every_source_has_captions_and_images(kind, tmp_path):
     for i in (2, 0, 1):
         name, data = images(prompts[i])
         assert read_image(data, name).getpixel((0, 0)) == COLORS[i]
+    if kind == "tar":
+        assert prompts[0] == Prompt("1", CAPTIONS[0])
+    if kind == "tar-json":
+        assert prompts[2] == Prompt("3", CAPTIONS[2], {"score": 2})
     if kind == "folder-jsonl":
         assert prompts[0] == Prompt("a.png", CAPTIONS[0], {"score": 1.5})
 

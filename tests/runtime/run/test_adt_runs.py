@@ -108,9 +108,14 @@ def test_images_of_a_folder_and_their_store(tmp_path, capsys):
     assert go(experiment, tmp_path / "run")[0].metrics()[-1]["adt/diffusion"] > 0
 
 
+def test_a_wrong_feature_network_is_the_objectives_error(tmp_path):
+    with pytest.raises(InputError, match=r"^objective: weights 'nonsense': no such folder"):
+        check_inputs(small("objective.features=nonsense", store=tmp_path / "store"), "inline")
+
+
 def test_missing_and_broken_images_are_one_line(tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
-    with pytest.raises(InputError, match=r"^prompts.train = .*p.txt': has no images, only texts \(allowed: "):
+    with pytest.raises(InputError, match=r"^prompts .*p.txt: has no images, only texts \(allowed: "):
         check_inputs(small(f"prompts.train={tmp_path / 'p.txt'}", store=tmp_path / "store"), "inline")
     source = pictures(tmp_path / "photos")
     (source / "0.png").write_bytes(b"no")
@@ -131,3 +136,5 @@ def test_evaluation_against_real_images(whole, tmp_path):
     assert float(rows["Frechet distance"]["trained, 3 steps"]) > 0
     with pytest.raises(InputError, match="has no images"):
         evaluate_run(whole.path, None, [], [], None, reference=str(EXPERIMENTS.parent / "worlds/glyphs/prompts/tuning.txt"))
+    with pytest.raises(InputError, match=r"its captions are the prompts; leave out --prompts x\.txt"):
+        evaluate_run(whole.path, "x.txt", [], [], None, reference=source)
