@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--override", nargs="+", default=[], help="further changes of adt_glyphs.yaml for ADT alone")
     arguments = parser.parse_args()
     quick = {"seeds": 1, "updates": 10, "images": 256, "reward_updates": [6, 6], "reward_looks": 2}
-    full = {"seeds": 3, "updates": 60, "images": 2000, "reward_updates": [24, 40], "reward_looks": 20}
+    full = {"seeds": 3, "updates": 60, "images": 2000, "reward_updates": [24, 40], "reward_looks": 10}
     defaults = quick if arguments.quick else full
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
