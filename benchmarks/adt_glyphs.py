@@ -2,8 +2,8 @@
 
 `teacher`: not tuned. `plain`: the diffusion loss alone on the renders (adversarial_weight 0), and `adt`, with equal updates,
 adapters, optimisers and data. `drtune` maximises a reward, symmetry; `drtune_adt` is ADT with the same reward, and
-`drtune_diffusion` the same without the discriminator, which tells what the diffusion loss alone does. Their rows are the first
-evaluations at which the reward has reached the best value of the run that reaches least.
+`drtune_diffusion` the same without the discriminator, which tells what the diffusion loss alone does. Their rows are the
+evaluations whose reward is nearest to the best value of the run that reaches least.
 
 Then 2000 images (512 in the comparison with a reward) of training captions are compared with as many renders of the same
 captions that were not trained on. Frechet distance, CMMD, precision and recall are in features of the last block of the
@@ -176,7 +176,7 @@ def main() -> None:
 
 
 def with_reward(comparison: Comparison, updates: list[int], looks: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Each run at its first evaluation whose reward is at least the best of the run that reaches least: rows and images."""
+    """Each run at the evaluation whose reward is nearest to the best of the run that reaches least: rows and images."""
     drtune, adt = updates
     runs: dict[str, tuple[str, list[str], int]] = {
         "drtune": ("drtune_symmetry_glyphs.yaml", [], drtune),
@@ -188,9 +188,9 @@ def with_reward(comparison: Comparison, updates: list[int], looks: int) -> tuple
         at = sorted({max(1, number * (i + 1) // looks) for i in range(looks)})
         _, curves[name], images[name] = train(file, changes, number, at, comparison)
     reached = min(max(row["symmetry"] for row in curve) for curve in curves.values())
-    first = {name: next(i for i, row in enumerate(curve) if row["symmetry"] >= reached) for name, curve in curves.items()}
-    rows = {name: {"reward": curves[name][i]["symmetry"], **curves[name][i]} for name, i in first.items()}
-    return rows, {name: images[name][i] for name, i in first.items()}
+    near = {name: min(curve, key=lambda row: abs(row["symmetry"] - reached)) for name, curve in curves.items()}
+    rows = {name: {"reward": row["symmetry"], **row} for name, row in near.items()}
+    return rows, {name: images[name][curves[name].index(row)] for name, row in near.items()}
 
 
 if __name__ == "__main__":
